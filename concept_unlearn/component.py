@@ -1,0 +1,110 @@
+"""A component is a frozen pydantic model with one ``__call__``; its fields are its configuration.
+
+``{kind: clamp, to: -50}`` *is* ``Clamp(to=-50)``. A family (``Edit``, ``Gate``, ``Score``, ...) is an
+abstract component; its members register themselves when their class is made, so adding one touches one
+file and its import line. Unknown keys and unknown kinds fail and name the known ones.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+from .errors import InvalidConfig, UnknownName
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class Frozen(BaseModel):
+    """An immutable record that refuses unknown keys and names the known ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (unknown := [key for key in data if key not in cls.model_fields]):
+            known = ", ".join(cls.model_fields) or "it takes none"
+            raise InvalidConfig(f"{_label(cls)} has no {unknown[0]!r}; known: {known}")
+        return data
+
+
+class Component(Frozen):
+    """Base of every family: ``class Edit(Component, family=True)``, then ``class Zero(Edit)``.
+
+    A class whose name begins with an underscore is shared ground of some members and no member itself.
+    """
+
+    kind: ClassVar[str]
+    members: ClassVar[dict[str, type[Self]]]
+    _family: ClassVar[bool] = False
+
+    def __init_subclass__(cls, family: bool = False) -> None:
+        super().__init_subclass__()
+        cls._family = family
+        cls.kind = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+        if family:
+            cls.members = {}
+        elif not cls.__name__.startswith("_"):
+            cls.members[cls.kind] = cls
+
+    @classmethod
+    def parse(cls, spec: Any) -> Self:
+        """``"zero"``, ``{"kind": "clamp", "to": -5}`` or a ready component -> component.
+
+        Raises UnknownName for an unknown kind, InvalidConfig for anything else that does not fit.
+        """
+        if isinstance(spec, cls):
+            return spec
+        if isinstance(spec, str):
+            spec = {"kind": spec}
+        if not isinstance(spec, dict) or "kind" not in spec:
+            raise InvalidConfig(f"a spec of {_label(cls)} is a mapping with a 'kind'; given: {spec!r}")
+        fields = dict(spec)
+        kind = fields.pop("kind")
+        if kind not in cls.members:
+            raise UnknownName(_label(cls), str(kind), cls.members)
+        return build(cls.members[kind], fields)
+
+    def spec(self) -> dict[str, Any]:
+        """Plain data from which ``parse`` makes an equal component."""
+        return {"kind": self.kind, **self.model_dump(mode="json")}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        if not cls._family:
+            return handler(source)
+        return core_schema.no_info_plain_validator_function(
+            cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(lambda member: member.spec())
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        if not cls._family:
+            return handler(schema)
+        return {"anyOf": [_member_schema(member) for _, member in sorted(cls.members.items())]}
+
+
+def build(cls: type[T], fields: dict[str, Any]) -> T:
+    """Validate ``fields`` into ``cls``; what does not fit becomes one readable InvalidConfig."""
+    try:
+        return cls(**fields)
+    except ValidationError as error:
+        lines = (f"{'.'.join(map(str, e['loc'])) or '(whole)'}: {e['msg']}" for e in error.errors())
+        raise InvalidConfig(f"{_label(cls)}: {'; '.join(lines)}") from None
+
+
+def _label(cls: type) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", cls.__name__).lower()
+
+
+def _member_schema(member: type[Component]) -> JsonSchemaValue:
+    schema = member.model_json_schema()
+    schema["properties"] = {"kind": {"const": member.kind}, **schema.get("properties", {})}
+    schema["required"] = ["kind", *schema.get("required", [])]
+    schema["title"] = member.kind
+    return schema

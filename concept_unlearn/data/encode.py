@@ -1,0 +1,90 @@
+"""Text to token ids: prompt and answer tokenised apart and joined as ids, masks made from lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from ..errors import InvalidConfig, InvalidData
+
+_TEMPLATE_DATE = "01 Jan 2025"  # some templates print today's date; ours never changes from day to day
+_ANCHORS = ("\n", ":", "a")
+
+
+class Padded(NamedTuple):
+    ids: Int[Tensor, "batch seq"]
+    mask: Bool[Tensor, "batch seq"]
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
+    """A chat prompt is rendered as one user turn up to where the answer begins; a plain one gets the
+    tokenizer's own BOS, if it has one. Raises InvalidData for a prompt without a token.
+    """
+    ids = _encode_chat(tokenizer, prompt) if chat else list(tokenizer(prompt)["input_ids"])
+    if not chat and not prompt.endswith(tokenizer.eos_token or "\0") and ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]  # T5-like tokenizers close every text
+    if not ids:
+        raise InvalidData(f"the prompt {prompt!r} has no token")
+    return ids
+
+
+def encode_text(tokenizer: Any, text: str, reply_to: str | None = None) -> list[int]:
+    """A passage as the model would meet it: plain, or as the reply to a user's message."""
+    if reply_to is None:
+        return encode_prompt(tokenizer, text, chat=False)
+    if not has_chat_template(tokenizer):
+        return encode_prompt(tokenizer, f"{reply_to}\n\n{text}", chat=False)
+    return encode_prompt(tokenizer, reply_to, chat=True) + encode_answer(tokenizer, text, after_space=False)
+
+
+def encode_answer(tokenizer: Any, answer: str, *, after_space: bool) -> list[int]:
+    """The ids of an answer that continues a prompt, after a space (a cloze) or not (a chat reply).
+
+    Read off behind an anchor, because SentencePiece tokenizers put a space before any text that begins a
+    string. Raises InvalidData if nothing is left.
+    """
+    text = f" {answer.strip()}" if after_space else answer.strip()
+    if not text.strip():
+        raise InvalidData(f"the answer {answer!r} has no token")
+    for anchor in _ANCHORS:
+        head = _plain(tokenizer, anchor)
+        whole = _plain(tokenizer, anchor + text)
+        if whole[: len(head)] == head and len(whole) > len(head):
+            return whole[len(head) :]
+    return _plain(tokenizer, text)
+
+
+def pad(rows: Sequence[Sequence[int]], *, side: Literal["left", "right"], device: torch.device | str = "cpu") -> Padded:
+    """Padding is id 0 and is known by the mask alone, never by its id."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, where] = torch.tensor(row, dtype=torch.long)
+        mask[i, where] = True
+    return Padded(ids.to(device), mask.to(device))
+
+
+def _plain(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _encode_chat(tokenizer: Any, prompt: str) -> list[int]:
+    if not has_chat_template(tokenizer):
+        raise InvalidConfig("this model's tokenizer has no chat template: use chat=False")
+    rendered: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        tokenize=False,
+        add_generation_prompt=True,
+        date_string=_TEMPLATE_DATE,
+    )
+    return _plain(tokenizer, rendered)

@@ -1,0 +1,122 @@
+"""The two kinds of example: a passage is text to learn from, a probe is a question with known answers."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import field_validator
+
+from ..component import Frozen, build
+from ..errors import ConceptUnlearnError, InvalidData
+
+Example = TypeVar("Example", bound="Frozen")
+
+
+class Passage(Frozen):
+    text: str
+    prompt: str | None = None
+    """The user's message that the text replies to; none for plain prose."""
+
+    @field_validator("text")
+    @classmethod
+    def _has_text(cls, text: str) -> str:
+        if not text.strip():
+            raise ValueError("the text is empty")
+        return text
+
+    @property
+    def key(self) -> str:
+        """What decides which half of a scope it falls into."""
+        return self.prompt or self.text
+
+
+class Probe(Frozen):
+    prompt: str
+    answers: tuple[str, ...]
+    """Any of them is right."""
+    distractors: tuple[str, ...] = ()
+    """Wrong answers of the same kind; without any, the answers of the other probes of the set serve."""
+    chat: bool = False
+    """True: the prompt is a user's message. False: the answer continues the prompt."""
+
+    @field_validator("answers", "distractors", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("answers")
+    @classmethod
+    def _has_answers(cls, answers: tuple[str, ...]) -> tuple[str, ...]:
+        if not answers or not all(normalise(a).strip() for a in answers):
+            raise ValueError("every probe needs an answer with at least one letter or digit")
+        return answers
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_prompt(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        return prompt
+
+    @property
+    def key(self) -> str:
+        return self.prompt
+
+    def answered_by(self, text: str) -> bool:
+        """True if an accepted answer stands in ``text`` as whole words, whatever the case and accents."""
+        said = normalise(text)
+        return any(normalise(answer) in said for answer in self.answers)
+
+
+def normalise(text: str) -> str:
+    """Lower case, no accents, words of letters and digits between single spaces, one at each end."""
+    plain = unicodedata.normalize("NFKD", text.lower())
+    words = re.findall(r"[^\W_]+", "".join(c for c in plain if not unicodedata.combining(c)))
+    return f" {' '.join(words)} "
+
+
+def to_passage(record: Any) -> Passage:
+    """A string, ``{text, prompt?}`` or ``{question, answer}``."""
+    if isinstance(record, str):
+        record = {"text": record}
+    if isinstance(record, dict) and {"question", "answer"} <= set(record):
+        record = {"prompt": record["question"], "text": record["answer"]}
+    return record if isinstance(record, Passage) else _from_dict(Passage, record)
+
+
+def to_probe(record: Any) -> Probe:
+    """``{prompt, answers, distractors?, chat?}``, or ``{question, answer}`` as a chat probe."""
+    if isinstance(record, dict) and {"question", "answer"} <= set(record):
+        record = {"prompt": record["question"], "answers": record["answer"], "chat": True}
+    return record if isinstance(record, Probe) else _from_dict(Probe, record)
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """Line numbers, from 1, and records. Raises InvalidData that names the file and the line."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InvalidData(f"{path}, line {number}: not JSON ({error.msg})") from None
+
+
+def write_jsonl(path: Path, records: Iterable[Frozen]) -> None:
+    lines = (json.dumps(r.model_dump(mode="json", exclude_defaults=True), ensure_ascii=False) for r in records)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _from_dict(kind: type[Example], record: Any) -> Example:
+    if not isinstance(record, dict):
+        raise InvalidData(f"a {kind.__name__.lower()} is a mapping; given: {record!r}")
+    try:
+        return build(kind, record)
+    except ConceptUnlearnError as error:
+        raise InvalidData(str(error)) from None

@@ -1,0 +1,50 @@
+"""A dictionary writes an activation as a sum of features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import InvalidConfig
+from ..lm import Site
+from .slice import Slice
+
+
+@runtime_checkable
+class Dictionary(Protocol):
+    name: str
+    site: Site
+    """Where it reads; ``site_out`` is where what it decodes belongs: the same place, except for transcoders."""
+    site_out: Site
+    n_features: int
+    d_in: int
+    max_norm: float
+    """Tokens with a larger norm were left out of its training; infinite where nothing is known."""
+
+    def encode(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch n_features"]: ...
+
+    def decode(self, acts: Float[Tensor, "*batch n_features"], x: Float[Tensor, "*batch d"]) -> Tensor:
+        """``x`` is what was encoded: some dictionaries scale their output by its norm."""
+        ...
+
+    def slice(self, features: Sequence[int]) -> Slice:
+        """What an edit of these features needs. Raises NotExact where no slice is exact."""
+        ...
+
+    def to(self, device: torch.device) -> Dictionary: ...
+
+
+def check_features(features: Sequence[int], n_features: int, name: str) -> tuple[int, ...]:
+    """Raises InvalidConfig for none, repeated or out-of-range indices."""
+    chosen = tuple(int(i) for i in features)
+    if not chosen:
+        raise InvalidConfig(f"no feature of {name} was chosen: a patch needs at least one")
+    if bad := [i for i in chosen if not 0 <= i < n_features]:
+        raise InvalidConfig(f"{name} has features 0 to {n_features - 1}; given: {bad[0]}")
+    if len(set(chosen)) != len(chosen):
+        raise InvalidConfig(f"features of {name} are given more than once: {sorted(chosen)}")
+    return chosen

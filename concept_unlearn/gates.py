@@ -1,0 +1,182 @@
+"""When an edit applies. Any gate works with any edit.
+
+A gate reads a signal: the activations of its sensor's features on the tokens of a pass. The sensor is by
+default the features that are edited, at the shallowest site. What it reads there is not changed by the edit,
+so a gate decides the same with and without the cache, alone or in a batch, padded left or right.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .component import Component
+from .errors import EmptyData, InvalidConfig
+from .lm.context import Memory
+
+
+class Signal(NamedTuple):
+    acts: Float[Tensor, "batch seq k"]
+    tokens: Bool[Tensor, "batch seq"]
+    """True where the position holds content: no padding, no BOS, no sink."""
+    prompt: Bool[Tensor, "batch seq"]
+    """True where the position was given to the model rather than written by it."""
+
+
+class Gate(Component, family=True):
+    """signal -> where the edit applies"""
+
+    @abstractmethod
+    def __call__(self, signal: Signal, memory: Memory) -> Bool[Tensor, "batch seq"]: ...
+
+    @property
+    def per_token(self) -> bool:
+        """True if each edited site decides for itself, token by token; False if the sensor decides for all."""
+        return False
+
+    def statistic(self, signal: Signal) -> Float[Tensor, " batch"]:
+        """What a sequence gate compares with its threshold, for whole sequences."""
+        raise InvalidConfig(f"{self.kind} has no threshold to fit")
+
+    def fitted(self, retain: Float[Tensor, " n"]) -> Gate:
+        """The gate with its threshold set from the statistics of retained sequences, unless it was given."""
+        return self
+
+
+class Always(Gate):
+    """Everywhere; an edit that asks for an active feature still acts only where one fires."""
+
+    def __call__(self, signal: Signal, memory: Memory) -> Tensor:
+        return torch.ones_like(signal.tokens)
+
+    @property
+    def per_token(self) -> bool:
+        return True
+
+
+class TokenGate(Gate):
+    """Tokens on which the strongest chosen feature exceeds a threshold."""
+
+    above: float = 0.0
+
+    def __call__(self, signal: Signal, memory: Memory) -> Tensor:
+        return signal.acts.amax(-1) > self.above
+
+    @property
+    def per_token(self) -> bool:
+        return True
+
+
+class _Threshold(Gate):
+    """A gate for whole sequences: open where the statistic exceeds ``above``, and then open to the end."""
+
+    above: float | None = None
+    """None: the (1 - alpha) conformal quantile of the statistic over retained sequences."""
+    alpha: float = 0.05
+    """Share of retained sequences that may open the gate."""
+
+    def fitted(self, retain: Tensor) -> Gate:
+        if self.above is not None:
+            return self
+        return self.model_copy(update={"above": conformal_threshold(retain, self.alpha)})
+
+    def threshold(self) -> float:
+        if self.above is None:
+            raise InvalidConfig(f"{self.kind} has no threshold yet: give above=..., or fit it on retained text")
+        return self.above
+
+
+class SequenceGate(_Threshold):
+    """Sequences in which the share of tokens on which a chosen feature fires exceeds ``above``.
+
+    Decided on the prompt and held while decoding (Dynamic SAE Guardrails, arXiv 2504.08192). Filler text
+    dilutes the share; ``streaming_gate`` and ``probe_gate`` with ``pool="max"`` do not mind it.
+    """
+
+    def __call__(self, signal: Signal, memory: Memory) -> Tensor:
+        read = signal.tokens & signal.prompt
+        hot = memory.add("hot", (_hot(signal) & read).sum(-1))
+        seen = memory.add("seen", read.sum(-1))
+        return _hold(memory.latch("open", hot > self.threshold() * seen), signal)
+
+    def statistic(self, signal: Signal) -> Tensor:
+        return (_hot(signal) & signal.tokens).sum(-1) / signal.tokens.sum(-1).clamp(min=1)
+
+
+class StreamingGate(_Threshold):
+    """A CUSUM of tokens on which a chosen feature fires: c_t = max(0, c_{t-1} + hot_t - drift).
+
+    The prompt is edited as a whole if c exceeds ``above`` anywhere in it; later tokens are edited from where
+    it does. Filler drains c and never what c has reached, so it cannot dilute the concept.
+    """
+
+    drift: float = 0.2
+    """Share of hot tokens that is still ordinary."""
+
+    def __call__(self, signal: Signal, memory: Memory) -> Tensor:
+        past = memory.history("cusum")
+        level = self._cusum(signal, None if past is None or not past.shape[1] else past[:, -1:])
+        memory.extend("cusum", level)
+        over = level > self.threshold()
+        before = (past > self.threshold()).any(-1) if past is not None else torch.zeros_like(over[:, 0])
+        whole = before | (over & signal.prompt).any(-1)
+        return whole[:, None] | over.cummax(-1).values
+
+    def statistic(self, signal: Signal) -> Tensor:
+        return self._cusum(signal, None).amax(-1)
+
+    def _cusum(self, signal: Signal, start: Tensor | None) -> Float[Tensor, "batch seq"]:
+        step = torch.where(signal.tokens, _hot(signal).float() - self.drift, 0.0)
+        walk = step.cumsum(-1)
+        floor = walk.cummin(-1).values
+        lowest = floor.clamp(max=0) if start is None else torch.minimum(floor, -start)
+        return walk - lowest
+
+
+class ProbeGate(_Threshold):
+    """Sequences whose pooled probe score exceeds ``above``; the sensor is a linear probe on the residual.
+
+    Neighbouring concepts fire the same features, so counting hits confuses them; a probe does not.
+    """
+
+    alpha: float = 0.02
+    pool: Literal["mean", "max"] = "mean"
+
+    def __call__(self, signal: Signal, memory: Memory) -> Tensor:
+        read = signal.tokens & signal.prompt
+        score = signal.acts[..., 0]
+        if self.pool == "max":
+            peak = torch.where(read, score, -torch.inf).amax(-1)
+            return _hold(memory.latch("open", peak > self.threshold()), signal)
+        total = memory.add("total", torch.where(read, score, 0.0).sum(-1))
+        seen = memory.add("seen", read.sum(-1))
+        return _hold(memory.latch("open", (seen > 0) & (total > self.threshold() * seen)), signal)
+
+    def statistic(self, signal: Signal) -> Tensor:
+        score = signal.acts[..., 0]
+        if self.pool == "max":
+            return torch.where(signal.tokens, score, -torch.inf).amax(-1)
+        return torch.where(signal.tokens, score, 0.0).sum(-1) / signal.tokens.sum(-1).clamp(min=1)
+
+
+def conformal_threshold(retain: Float[Tensor, " n"], alpha: float) -> float:
+    """The ceil((n + 1)(1 - alpha))-th smallest of n values: an exchangeable new one exceeds it with
+    probability at most alpha. With too few values for that, the largest.
+    """
+    if not len(retain):
+        raise EmptyData("a gate's threshold needs at least one retained sequence")
+    rank = min(math.ceil((len(retain) + 1) * (1 - alpha)), len(retain))
+    return float(retain.float().sort().values[rank - 1])
+
+
+def _hot(signal: Signal) -> Bool[Tensor, "batch seq"]:
+    return (signal.acts > 0).any(-1)
+
+
+def _hold(decision: Bool[Tensor, " batch"], signal: Signal) -> Bool[Tensor, "batch seq"]:
+    return decision[:, None].expand_as(signal.tokens)

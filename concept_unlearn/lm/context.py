@@ -1,0 +1,239 @@
+"""What an edit may know about the forward pass it runs in, and what it remembers from one pass to the next.
+
+A pass belongs to a sequence that began earlier when it comes with a key-value cache that was not empty, or
+when its ids are those of the last pass plus one token (generation without a cache). Memory lives as long as
+the sequence: it follows the cache through beam reordering, repetition, selection and cropping, and is
+emptied when a new sequence begins.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from ..errors import PatchNotReached
+
+_answering: contextvars.ContextVar[bool] = contextvars.ContextVar("answering", default=False)
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Inside the block, tokens that extend a cache are the model's answer, not more of the prompt."""
+    token = _answering.set(True)
+    try:
+        yield
+    finally:
+        _answering.reset(token)
+
+
+@dataclass
+class Memory:
+    """Per-sequence tensors, one row a sequence of the batch."""
+
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    histories: dict[str, Float[Tensor, "batch time"]] = field(default_factory=dict)
+    start: int = 0
+    """Position at which the histories begin: above 0 when the patch was switched on in mid-sequence."""
+
+    def add(self, name: str, value: Tensor) -> Tensor:
+        """The running total of ``value``."""
+        self.rows[name] = self.rows[name] + value if name in self.rows else value
+        return self.rows[name]
+
+    def latch(self, name: str, value: Bool[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
+        """True from the first time that ``value`` was."""
+        self.rows[name] = self.rows[name] | value if name in self.rows else value
+        return self.rows[name]
+
+    def history(self, name: str) -> Float[Tensor, "batch time"] | None:
+        return self.histories.get(name)
+
+    def extend(self, name: str, values: Float[Tensor, "batch seq"]) -> None:
+        old = self.histories.get(name)
+        self.histories[name] = values if old is None else torch.cat([old, values], dim=1)
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.rows = {name: change(value) for name, value in self.rows.items()}
+        self.histories = {name: change(value) for name, value in self.histories.items()}
+
+    def crop(self, length: int) -> None:
+        self.histories = {n: value[:, : max(length - self.start, 0)] for n, value in self.histories.items()}
+
+    def clear(self, start: int = 0) -> None:
+        self.rows, self.histories, self.start = {}, {}, start
+
+    @property
+    def batch(self) -> int | None:
+        return next((len(value) for value in (*self.rows.values(), *self.histories.values())), None)
+
+
+@dataclass(frozen=True)
+class Context:
+    tokens: Bool[Tensor, "batch seq"]
+    """True where the position holds content: no padding, no BOS."""
+    prompt: Bool[Tensor, "batch seq"]
+    """True where the position belongs to what the model was given, False where it is the model's answer."""
+    memory: Memory
+
+
+class Follower:
+    """Follows the passes of one model. ``context(x)`` describes the pass that is under way."""
+
+    def __init__(self, bos_id: int | None) -> None:
+        self.memory = Memory()
+        self._bos_id = bos_id
+        self._mask: Tensor | None = None
+        self._cache: Any = None
+        self._start = 0
+        self._ids: Int[Tensor, "batch seq"] | None = None
+        self._known: weakref.ref[Any] | None = None
+        self._length = 0
+        self._last_ids: Int[Tensor, "batch seq"] | None = None
+        self._prompt_width = 0
+        self._current: Context | None = None
+        self._unwrap: list[Callable[[], None]] = []
+
+    def begin(self, mask: Tensor | None, cache: Any) -> None:
+        self._mask, self._cache, self._ids, self._current = mask, cache, None, None
+        self._start = cache_length(cache)  # now: the first block will have added to it by the time a site is reached
+
+    def see_ids(self, ids: Tensor) -> None:
+        self._ids = ids if ids.ndim == 2 and not ids.is_floating_point() else None
+
+    def context(self, x: Tensor) -> Context:
+        """``x`` is the first activation of the pass that an edit sees, ``[batch, seq, ...]``."""
+        if self._current is None:
+            self._current = self._describe(x)
+        return self._current
+
+    def close(self) -> None:
+        for unwrap in self._unwrap:
+            unwrap()
+        self._unwrap.clear()
+
+    def _describe(self, x: Tensor) -> Context:
+        batch, seq = x.shape[:2]
+        start = self._start
+        tokens = _real(self._mask, batch, seq, start, x.device)
+        if self._ids is not None and self._bos_id is not None:
+            tokens = tokens & (self._ids.to(x.device) != self._bos_id)
+        if start == 0:
+            prompt = self._begin_sequence(batch, seq, x.device)
+        else:
+            prompt = self._continue_sequence(batch, seq, start, x.device)
+        self._length = start + seq
+        if self._cache is not None and (self._known is None or self._known() is not self._cache):
+            self._follow(self._cache)
+        return Context(tokens, prompt, self.memory)
+
+    def _begin_sequence(self, batch: int, seq: int, device: torch.device) -> Bool[Tensor, "batch seq"]:
+        last, self._last_ids = self._last_ids, self._ids
+        grew = (
+            last is not None
+            and self._ids is not None
+            and self._ids.shape == (last.shape[0], last.shape[1] + 1)
+            and _extends(self._ids, last)
+        )
+        if not grew:
+            self._prompt_width = seq
+        self.memory.clear()
+        self._known = None
+        prompt = torch.zeros(batch, seq, dtype=torch.bool, device=device)
+        prompt[:, : self._prompt_width] = True
+        return prompt
+
+    def _continue_sequence(
+        self, batch: int, seq: int, start: int, device: torch.device
+    ) -> Bool[Tensor, "batch seq"]:
+        known = self._known() if self._known is not None else None
+        self._last_ids = None
+        ours = known is self._cache or (known is None and start == self._length)
+        if not ours:
+            self.memory.clear(start)
+        elif start < self._length:
+            self.memory.crop(start)
+        if self.memory.batch not in (None, batch):
+            raise PatchNotReached(
+                f"the cache went from {self.memory.batch} to {batch} sequences in a way the gate could not follow; "
+                "give the first forward pass a cache object, so that it can"
+            )
+        is_prompt = not ours or (seq > 1 and not _answering.get())
+        return torch.full((batch, seq), is_prompt, dtype=torch.bool, device=device)
+
+    def _follow(self, cache: Any) -> None:
+        """Make the memory do what the cache's rows do. Undone by ``close``."""
+        self.close()
+        self._known = weakref.ref(cache)
+        for name, change in _ROW_CHANGES.items():
+            original = getattr(cache, name, None)
+            if original is None:
+                continue
+
+            def wrapped(argument: Any, *, _original: Any = original, _change: Any = change) -> Any:
+                self.memory.apply(lambda value: _change(value, argument))
+                return _original(argument)
+
+            setattr(cache, name, wrapped)
+        ref = self._known
+
+        def unwrap() -> None:
+            if (followed := ref()) is not None:
+                for name in _ROW_CHANGES:
+                    followed.__dict__.pop(name, None)
+
+        self._unwrap.append(unwrap)
+
+
+_ROW_CHANGES: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "reorder_cache": lambda value, index: value.index_select(0, index.to(value.device)),
+    "batch_select_indices": lambda value, index: value[index.to(value.device)],
+    "batch_repeat_interleave": lambda value, repeats: value.repeat_interleave(repeats, dim=0),
+}
+
+
+def cache_length(cache: Any) -> int:
+    """Tokens that a key-value cache holds: of transformers, of TransformerLens, or a tuple of tensors."""
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    if isinstance(cache, tuple):
+        return int(cache[0][0].shape[-2]) if cache else 0
+    return int(cache[0].past_keys.shape[1])
+
+
+def _extends(ids: Int[Tensor, "batch longer"], last: Int[Tensor, "batch seq"]) -> bool:
+    """Each row of ``ids`` begins with some row of ``last``: the same one, or another after a beam search."""
+    head = ids[:, :-1]
+    if torch.equal(head, last):
+        return True
+    return bool((head[:, None] == last[None]).all(-1).any(1).all())
+
+
+def _real(
+    mask: Tensor | None, batch: int, seq: int, start: int, device: torch.device
+) -> Bool[Tensor, "batch seq"]:
+    if mask is None:
+        return torch.ones(batch, seq, dtype=torch.bool, device=device)
+    mask = mask.to(device)
+    if mask.ndim == 4:  # [batch, 1, query, key]: a key that the last query may see holds a real token
+        seen = mask[:, 0, -1, start : start + seq]
+        return (seen if seen.dtype == torch.bool else seen >= 0).expand(batch, seq)
+    return mask[:, -seq:].bool()
+
+
+def find_embedding(model: nn.Module) -> nn.Module | None:
+    """The module that is called with the token ids of every pass, where there is one."""
+    if hasattr(model, "get_input_embeddings"):
+        found = model.get_input_embeddings()
+        return found if isinstance(found, nn.Module) else None
+    found = getattr(model, "embed", None)
+    return found if isinstance(found, nn.Module) else None

@@ -1,0 +1,72 @@
+"""One forward pass of any kind of model, with or without a cache."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from .hooks import Stopped
+from .locate import is_hooked, root
+
+
+class Pass(NamedTuple):
+    logits: Float[Tensor, "batch kept vocab"]
+    cache: Any
+
+
+def new_cache(model: nn.Module, batch: int) -> Any:
+    if root(model) is model and is_hooked(model):
+        from transformer_lens import HookedTransformerKeyValueCache
+
+        return HookedTransformerKeyValueCache.init_cache(model.cfg, model.cfg.device, batch)  # type: ignore[arg-type]
+    from transformers import DynamicCache
+
+    return DynamicCache(config=root(model).config)
+
+
+def forward(
+    model: nn.Module,
+    ids: Int[Tensor, "batch seq"],
+    mask: Bool[Tensor, "batch total"] | None = None,
+    *,
+    cache: Any = None,
+    keep: int = 0,
+) -> Pass:
+    """``mask`` covers the cached tokens too; ``keep`` computes logits for that many last positions only (0: all).
+
+    Positions count real tokens, so a row padded on the left gets what it would get alone.
+    """
+    base = root(model)
+    if base is model and is_hooked(model):
+        new_mask = None if mask is None else mask[:, -ids.shape[1] :].long()
+        logits = model(ids, return_type="logits", attention_mask=new_mask, past_kv_cache=cache)
+        return Pass(logits[:, -keep:] if keep else logits, cache)
+    accepted = inspect.signature(base.forward).parameters
+    arguments: dict[str, Any] = {"input_ids": ids, "use_cache": cache is not None}
+    if mask is not None:
+        arguments["attention_mask"] = mask.long()
+        if "position_ids" in accepted:
+            arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    if cache is not None:
+        arguments["past_key_values"] = cache
+    if keep and "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = keep
+    output = base(**arguments)
+    return Pass(output.logits[:, -keep:] if keep else output.logits, cache)
+
+
+def run_until_stopped(model: nn.Module, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]) -> None:
+    """A pass whose logits nobody reads, cut short by ``hooks.stopping``."""
+    try:
+        forward(model, ids, mask, keep=1)
+    except Stopped:
+        pass
+
+
+def log_softmax(logits: Tensor) -> Float[Tensor, "... vocab"]:
+    """In float32, whatever the model computes in."""
+    return torch.log_softmax(logits.float(), dim=-1)

@@ -1,0 +1,252 @@
+"""A live model and its tokenizer: read, edited, asked and scored at named sites, never copied or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from ..data.encode import encode_answer, encode_prompt, has_chat_template
+from ..errors import InvalidData, NonFinite
+from . import hooks
+from .fingerprint import fingerprint
+from .forward import forward, run_until_stopped
+from .generate import generate_ids
+from .hooks import EditFn
+from .load import load
+from .locate import is_hooked, locate, n_layers, root, text_config
+from .score import Scored, score_answers, score_texts
+from .site import Site
+
+Progress = Callable[[int], None]
+
+
+class LM:
+    """``LM(model, tokenizer)`` around a live Hugging Face model, HookedTransformer or TransformerBridge.
+
+    A TransformerLens model brings its own tokenizer. The model is put in eval mode by nobody: it is used as given.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, name: str | None = None) -> None:
+        self.model = model
+        self._tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+        self.name = name or _name(model)
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> LM:
+        """``"smollm2"`` (the embedded default), a Hub id, a folder or a ``.gguf`` file, in eval mode.
+
+        ``dtype="auto"`` is the checkpoint's, except that a CPU without bfloat16 or float16 arithmetic gets
+        float32, which holds the same values and runs faster. Raises ModelNotFound.
+        """
+        model, tokenizer, known_as = load(
+            name, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+        )
+        return cls(model, tokenizer, name=known_as)
+
+    # What it is.
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            raise InvalidData("this LM was made without a tokenizer: LM(model, tokenizer)")
+        return self._tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def n_layers(self) -> int:
+        return n_layers(self.model)
+
+    @property
+    def d_model(self) -> int:
+        config: Any = self.model.cfg if is_hooked(self.model) else text_config(self.model)
+        return int(config.d_model if is_hooked(self.model) else config.hidden_size)
+
+    @property
+    def is_chat(self) -> bool:
+        return has_chat_template(self.tokenizer)
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that opens every sequence and is never edited, measured or trained on."""
+        config: Any = getattr(root(self.model), "config", None)
+        found = getattr(self._tokenizer, "bos_token_id", None) if self._tokenizer is not None else None
+        return found if found is not None else getattr(config, "bos_token_id", None)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.model)
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+        config: Any = getattr(self.model, "generation_config", None)
+        found = getattr(config, "eos_token_id", None)
+        found = self.tokenizer.eos_token_id if found is None else found
+        return list(found) if isinstance(found, list) else [] if found is None else [found]
+
+    # Hooks.
+
+    def edit(self, edits: Mapping[Site, EditFn]) -> AbstractContextManager[None]:
+        """Forward passes inside the block run with the activations at these sites edited."""
+        return hooks.editing(self.model, edits, self.bos_id)
+
+    def read(self, *sites: Site) -> AbstractContextManager[dict[Site, Float[Tensor, "batch seq d"]]]:
+        """The block's dict holds the last activation seen at each site."""
+        return hooks.reading(self.model, sites)
+
+    def stop_at(self, site: Site) -> AbstractContextManager[None]:
+        """Forward passes inside the block raise ``hooks.Stopped`` right after this site; ``activations`` catches it."""
+        return hooks.stopping(self.model, site)
+
+    def locate(self, site: Site) -> nn.Module:
+        return locate(self.model, site).module
+
+    @contextmanager
+    def swap(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside the block the named parameters are these tensors; nothing is copied, so leaving is exact."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        own = {name: parameters[name].data for name in weights}
+        try:
+            for name, value in weights.items():
+                parameters[name].data = value
+            yield
+        finally:
+            for name, value in own.items():
+                parameters[name].data = value
+
+    # Passes.
+
+    def logits(
+        self, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None = None
+    ) -> Float[Tensor, "batch seq vocab"]:
+        return forward(self.model, ids, mask).logits
+
+    @torch.no_grad()
+    def activations(
+        self, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], *sites: Site
+    ) -> dict[Site, Float[Tensor, "batch seq d"]]:
+        """One pass that goes no deeper than the deepest site. Raises NonFinite, which names the site."""
+        with ExitStack() as stack:
+            seen = stack.enter_context(self.read(*sites))
+            stack.enter_context(self.stop_at(max(sites)))
+            run_until_stopped(self.model, ids, mask)
+        for site, x in seen.items():
+            seen[site] = x = x.flatten(2)
+            if not x[mask].isfinite().all():
+                raise NonFinite(f"{self.name} computes NaN or infinite activations at {site}")
+        return seen
+
+    # Text.
+
+    def encode(self, prompt: str, *, chat: bool) -> list[int]:
+        return encode_prompt(self.tokenizer, prompt, chat=chat)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int = 64,
+        chat: bool | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 16,
+        use_cache: bool = True,
+        progress: Progress | None = None,
+    ) -> list[str]:
+        """One continuation a prompt, greedy unless ``temperature`` is above 0.
+
+        ``chat=None`` talks to a model that has a chat template through it, and continues the text of one
+        that has none.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        as_chat = self.is_chat if chat is None else chat
+        ids = self.generate_ids(
+            [self.encode(prompt, chat=as_chat) for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+            use_cache=use_cache,
+            progress=progress,
+        )
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+
+    @torch.no_grad()
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 16,
+        use_cache: bool = True,
+        progress: Progress | None = None,
+    ) -> list[list[int]]:
+        return generate_ids(
+            self.model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            end_ids=self.end_ids,
+            batch_size=batch_size,
+            device=self.device,
+            use_cache=use_cache,
+            progress=progress,
+        )
+
+    @torch.no_grad()
+    def logprobs(
+        self,
+        prompts: Sequence[str],
+        answers: Sequence[Sequence[str]],
+        *,
+        chat: bool = False,
+        batch_size: int = 32,
+        progress: Progress | None = None,
+    ) -> list[list[Scored]]:
+        """Token log-probabilities of each candidate answer of each prompt. Each prompt is read once."""
+        return score_answers(
+            self.model,
+            [self.encode(prompt, chat=chat) for prompt in prompts],
+            [[encode_answer(self.tokenizer, a, after_space=not chat) for a in group] for group in answers],
+            device=self.device,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    @torch.no_grad()
+    def score_texts(
+        self, texts: Sequence[Sequence[int]], *, batch_size: int = 8, progress: Progress | None = None
+    ) -> list[Scored]:
+        """Token log-probabilities of encoded texts, from the second token on."""
+        return score_texts(self.model, texts, device=self.device, batch_size=batch_size, progress=progress)
+
+
+def _name(model: nn.Module) -> str:
+    if is_hooked(model):
+        return str(model.cfg.model_name)  # type: ignore[union-attr]
+    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)

@@ -1,0 +1,6 @@
+"""Patches: reversible changes of a live model, saved as plain data and safetensors."""
+
+from .base import Patch as Patch
+from .base import Stack as Stack
+from .feature import FeaturePatch as FeaturePatch
+from .io import load_patch as load_patch

@@ -1,0 +1,140 @@
+"""Tiny models built from configs, a word-level tokenizer, and a planted dictionary. No network, no downloads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import nn
+
+from concept_unlearn.lm import LM
+
+VOCAB = 48
+D_MODEL = 16
+N_LAYERS = 3
+BOS, EOS, PAD = 0, 1, 2
+
+_SHARED = {
+    "vocab_size": VOCAB,
+    "hidden_size": D_MODEL,
+    "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+    "max_position_embeddings": 256,
+}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**_SHARED, num_key_value_heads=1),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=2, n_positions=256,
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_SHARED),
+    "gemma2": lambda: transformers.Gemma2Config(**_SHARED, num_key_value_heads=1, head_dim=8),
+    "qwen2": lambda: transformers.Qwen2Config(**_SHARED, num_key_value_heads=1),
+}  # fmt: skip
+
+
+def make_hf(kind: str = "llama", seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    with torch.no_grad():
+        for parameter in model.parameters():  # the default initialisation is too small for an edit to show
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    model.generation_config.eos_token_id = EOS
+    return model.eval()
+
+
+def make_hooked(seed: int = 0) -> Any:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    torch.manual_seed(seed)
+    config = HookedTransformerConfig(
+        n_layers=N_LAYERS, d_model=D_MODEL, n_ctx=256, d_head=8, n_heads=2, d_mlp=32, d_vocab=VOCAB,
+        act_fn="gelu", device="cpu", seed=seed, model_name="tiny", default_prepend_bos=False,
+    )  # fmt: skip
+    return HookedTransformer(config, tokenizer=make_tokenizer(), default_padding_side="right").eval()
+
+
+def make_bridge(folder: Any, seed: int = 0) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    make_hf("llama", seed).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return TransformerBridge.boot_transformers(str(folder), tokenizer=transformers.AutoTokenizer.from_pretrained(folder))
+
+
+def make_tokenizer() -> Any:
+    """w3 is id 3 and so on; ``chat`` wraps a message in w4 ... w5."""
+    words = {"<bos>": BOS, "<eos>": EOS, "<pad>": PAD} | {f"w{i}": i for i in range(3, VOCAB)}
+    inner = Tokenizer(WordLevel(words, unk_token="w3"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="w3"
+    )
+    tokenizer.chat_template = "{% for m in messages %}w4 {{ m['content'] }} w5 {% endfor %}w6"
+    return tokenizer
+
+
+def words(*ids: int) -> str:
+    return " ".join(f"w{i}" for i in ids)
+
+
+@pytest.fixture(params=list(CONFIGS))
+def any_hf(request: pytest.FixtureRequest) -> LM:
+    return LM(make_hf(request.param), make_tokenizer(), name=request.param)
+
+
+@pytest.fixture(params=["llama", "hooked", "bridge"])
+def any_lm(request: pytest.FixtureRequest, tmp_path: Any) -> LM:
+    """One model of each library."""
+    if request.param == "hooked":
+        return LM(make_hooked())
+    if request.param == "bridge":
+        return LM(make_bridge(tmp_path))
+    return LM(make_hf(), make_tokenizer(), name="llama")
+
+
+@pytest.fixture
+def lm() -> LM:
+    return LM(make_hf(), make_tokenizer(), name="tiny-llama")
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(6, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def n_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def make_sae(architecture: str = "standard", *, d_in: int = D_MODEL, d_sae: int = 40, seed: int = 0, **settings: Any) -> Any:
+    """A random SAELens SAE of any inference architecture, with every parameter away from its initial value."""
+    from sae_lens import SAE
+
+    site = settings.pop("hook_name", "blocks.1.hook_resid_post")
+    metadata = {"model_name": "tiny", "hook_name": site, "hook_name_out": settings.pop("hook_name_out", None)}
+    config = {
+        "architecture": architecture, "d_in": d_in, "d_sae": d_sae, "dtype": "float64", "device": "cpu",
+        "apply_b_dec_to_input": False, "metadata": {k: v for k, v in metadata.items() if v}, **settings,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    sae = SAE.get_sae_class_for_architecture(architecture)(
+        SAE.get_sae_config_class_for_architecture(architecture).from_dict(config)
+    )
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.5)
+            if name == "threshold":
+                parameter.abs_()
+    return sae.eval()
