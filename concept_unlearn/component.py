@@ -34,7 +34,7 @@ class Frozen(BaseModel):
 
 
 class Component(Frozen):
-    """Base of every family: ``class Edit(Component, family=True)``, then ``class Zero(Edit)``.
+    """Base of every family: ``class Gate(Component, family=True)``, then ``class TokenGate(Gate)``, kind "token".
 
     A class whose name begins with an underscore is shared ground of some members and no member itself.
     """
@@ -42,15 +42,17 @@ class Component(Frozen):
     kind: ClassVar[str]
     members: ClassVar[dict[str, type[Self]]]
     _family: ClassVar[bool] = False
+    _suffix: ClassVar[str] = ""
 
     def __init_subclass__(cls, family: bool = False) -> None:
         super().__init_subclass__()
         cls._family = family
-        cls.kind = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
         if family:
             cls.members = {}
+            cls._suffix = f"_{_snake(cls.__name__)}"
         elif not cls.__name__.startswith("_"):
-            cls.members[cls.kind] = cls
+            cls.kind = _snake(cls.__name__).removesuffix(cls._suffix)
+            cls.members[cls.kind] = cls  # type: ignore[assignment]
 
     @classmethod
     def parse(cls, spec: Any) -> Self:
@@ -98,8 +100,12 @@ def build(cls: type[T], fields: dict[str, Any]) -> T:
         raise InvalidConfig(f"{_label(cls)}: {'; '.join(lines)}") from None
 
 
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
 def _label(cls: type) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", cls.__name__).lower()
+    return _snake(cls.__name__).replace("_", " ")
 
 
 def _member_schema(member: type[Component]) -> JsonSchemaValue:

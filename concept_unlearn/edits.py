@@ -35,9 +35,7 @@ class Edit(Component, family=True):
     """activations of the k chosen features -> their targets"""
 
     @abstractmethod
-    def __call__(
-        self, acts: Float[Tensor, "*batch k"], unit: Float[Tensor, "*batch k"]
-    ) -> Float[Tensor, "*batch k"]:
+    def __call__(self, acts: Float[Tensor, "*batch k"], unit: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
         """``unit`` is the activation at which a feature adds ||x|| / k to the residual."""
 
     def fitted(self, retain_mean: Float[Tensor, " k"]) -> Edit:
@@ -123,4 +121,3 @@ class Refuse(Edit):
 
 def _target(to: Value, acts: Tensor, unit: Tensor) -> Tensor:
     return unit * to.of_norm if isinstance(to, Relative) else torch.full_like(acts, to)
-

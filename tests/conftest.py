@@ -70,7 +70,9 @@ def make_bridge(folder: Any, seed: int = 0) -> Any:
 
     make_hf("llama", seed).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    return TransformerBridge.boot_transformers(str(folder), tokenizer=transformers.AutoTokenizer.from_pretrained(folder))
+    return TransformerBridge.boot_transformers(
+        str(folder), tokenizer=transformers.AutoTokenizer.from_pretrained(folder)
+    )
 
 
 def make_tokenizer() -> Any:
@@ -118,7 +120,9 @@ def n_hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def make_sae(architecture: str = "standard", *, d_in: int = D_MODEL, d_sae: int = 40, seed: int = 0, **settings: Any) -> Any:
+def make_sae(
+    architecture: str = "standard", *, d_in: int = D_MODEL, d_sae: int = 40, seed: int = 0, **settings: Any
+) -> Any:
     """A random SAELens SAE of any inference architecture, with every parameter away from its initial value."""
     from sae_lens import SAE
 

@@ -16,24 +16,34 @@ from .slice import Slice
 
 @runtime_checkable
 class Dictionary(Protocol):
-    name: str
-    site: Site
-    """Where it reads; ``site_out`` is where what it decodes belongs: the same place, except for transcoders."""
-    site_out: Site
-    n_features: int
-    d_in: int
-    max_norm: float
-    """Tokens with a larger norm were left out of its training; infinite where nothing is known."""
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def site(self) -> Site:
+        """Where it reads."""
+
+    @property
+    def site_out(self) -> Site:
+        """Where what it decodes belongs: the same place, except for transcoders."""
+
+    @property
+    def n_features(self) -> int: ...
+
+    @property
+    def d_in(self) -> int: ...
+
+    @property
+    def max_norm(self) -> float:
+        """Tokens with a larger norm were left out of its training; infinite where nothing is known."""
 
     def encode(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch n_features"]: ...
 
     def decode(self, acts: Float[Tensor, "*batch n_features"], x: Float[Tensor, "*batch d"]) -> Tensor:
         """``x`` is what was encoded: some dictionaries scale their output by its norm."""
-        ...
 
     def slice(self, features: Sequence[int]) -> Slice:
         """What an edit of these features needs. Raises NotExact where no slice is exact."""
-        ...
 
     def to(self, device: torch.device) -> Dictionary: ...
 

@@ -72,7 +72,9 @@ class SAEDictionary:
         self.architecture: str = sae.cfg.architecture()
         hook = site or metadata.hook_name
         if hook is None:
-            raise DictionaryMismatch("this SAE does not say which site it reads; give it: site='blocks.7.hook_resid_post'")
+            raise DictionaryMismatch(
+                "this SAE does not say which site it reads; give it: site='blocks.7.hook_resid_post'"
+            )
         self.site = Site.parse(hook)
         self.site_out = Site.parse(metadata.hook_name_out) if metadata.hook_name_out else self.site
         self.name = name or f"{metadata.model_name or 'unknown model'}/{self.site}"
@@ -92,13 +94,14 @@ class SAEDictionary:
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch n_features"]:
         """SAELens' own encoding. Heads come flattened here, as one head of their joint width."""
-        return self.sae.encode(x.unsqueeze(-2) if self._by_head else x)
+        acts: Tensor = self.sae.encode(x.unsqueeze(-2) if self._by_head else x)
+        return acts
 
     @torch.no_grad()
     def decode(self, acts: Float[Tensor, "*batch n_features"], x: Float[Tensor, "*batch d"]) -> Tensor:
         # SAELens keeps the norm of the last input on the module between encode and decode.
         self.sae.process_sae_in(x.unsqueeze(-2) if self._by_head else x)
-        y = self.sae.decode(acts)
+        y: Tensor = self.sae.decode(acts)
         return y.squeeze(-2) if self._by_head else y
 
     def slice(self, features: Sequence[int]) -> Slice:
@@ -180,7 +183,7 @@ class WholeSlice:
         return self.columns.features
 
     @property
-    def W_dec(self) -> Float[Tensor, "k d_out"]:
+    def W_dec(self) -> Float[Tensor, "k d_out"]:  # noqa: N802
         return self.columns.W_dec
 
     @property

@@ -7,7 +7,7 @@ and k decoder rows, works without its dictionary and is what a patch saves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -29,11 +29,20 @@ class Encoded(NamedTuple):
 class Slice(Protocol):
     """The chosen features of a dictionary: what an edit reads at ``site`` and adds at ``site_out``."""
 
-    site: Site
-    site_out: Site
-    features: tuple[int, ...]
-    W_dec: Float[Tensor, "k d_out"]
-    max_norm: float
+    @property
+    def site(self) -> Site: ...
+
+    @property
+    def site_out(self) -> Site: ...
+
+    @property
+    def features(self) -> tuple[int, ...]: ...
+
+    @property
+    def W_dec(self) -> Float[Tensor, "k d_out"]: ...  # noqa: N802
+
+    @property
+    def max_norm(self) -> float: ...
 
     @property
     def d_in(self) -> int: ...
@@ -56,6 +65,7 @@ class ColumnSlice:
     """
 
     site: Site
+    site_out: Site
     features: tuple[int, ...]
     W_enc: Float[Tensor, "d k"]
     b_enc: Float[Tensor, " k"]
@@ -71,11 +81,6 @@ class ColumnSlice:
     """False for transcoders, which normalise what they read and not what they write."""
     max_norm: float = float("inf")
     """Tokens with a larger norm at the site are sinks the dictionary never saw: they are left alone."""
-    site_out: Site = field(default=None)  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        if self.site_out is None:
-            object.__setattr__(self, "site_out", self.site)
 
     @property
     def d_in(self) -> int:
@@ -90,7 +95,8 @@ class ColumnSlice:
     def to(self, device: torch.device) -> ColumnSlice:
         if self.W_enc.device == device:
             return self
-        return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
+        return replace(self, **moved)
 
     def tensors(self) -> dict[str, Tensor]:
         found = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -145,7 +151,8 @@ class ColumnSlice:
                 assert self.threshold is not None
                 return pre.relu() * (pre > self.threshold)
             case "gated":
-                assert self.gate_scale is not None and self.b_mag is not None
+                assert self.gate_scale is not None
+                assert self.b_mag is not None
                 magnitude = (pre - self.b_enc) * self.gate_scale + self.b_mag
                 return magnitude.relu() * (pre > 0)
         raise AssertionError(self.activation)
@@ -163,6 +170,7 @@ def direction(
     """One linear feature: its activation is ``read . x + bias``, and a unit of it is ``write``."""
     return ColumnSlice(
         site=site,
+        site_out=site,
         features=(0,),
         W_enc=read.float()[:, None].contiguous(),
         b_enc=torch.tensor([bias], dtype=torch.float32, device=read.device),

@@ -40,6 +40,4 @@ def leace(stats: Stats) -> ColumnSlice:
     u = whiten @ cross
     u = u / u.norm()
     read = whiten @ u
-    return direction(
-        stats.site, read, colour @ u, bias=-float(read @ mean), max_norm=_SINK * stats.retain.median_norm
-    )
+    return direction(stats.site, read, colour @ u, bias=-float(read @ mean), max_norm=_SINK * stats.retain.median_norm)

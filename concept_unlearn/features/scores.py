@@ -193,5 +193,3 @@ def _association_p(hits_f: int, n_f: int, hits_r: int, n_r: int) -> float:
     if expected.min() < 5:
         return float(scipy_stats.fisher_exact(table).pvalue)
     return float(scipy_stats.chi2_contingency(table, correction=False).pvalue)
-
-

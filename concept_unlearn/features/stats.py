@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..activations import stream
 from ..data.encode import encode_text
-from ..data.scope import Passage, Scope
+from ..data.examples import Passage
+from ..data.scope import Scope
 from ..dictionaries import Dictionary
 from ..errors import DictionaryMismatch, EmptyData
 from ..lm import LM, Site
@@ -150,8 +151,7 @@ def measure_all(
         for passages in (scope.forget, (*scope.retain, *scope.near))
     )
     return tuple(
-        Stats(dictionary.name, dictionary.site, f, r)
-        for dictionary, f, r in zip(ready, forget, retain, strict=True)
+        Stats(dictionary.name, dictionary.site, f, r) for dictionary, f, r in zip(ready, forget, retain, strict=True)
     )
 
 
@@ -183,7 +183,8 @@ def check_fit(dictionary: Dictionary, x: Float[Tensor, "tokens d"]) -> None:
     """Raises DictionaryMismatch if the dictionary was plainly not made for these activations."""
     if x.shape[-1] != dictionary.d_in:
         raise DictionaryMismatch(
-            f"{dictionary.name} reads {dictionary.d_in} numbers a token; {dictionary.site} of this model has {x.shape[-1]}"
+            f"{dictionary.name} reads {dictionary.d_in} numbers a token; "
+            f"{dictionary.site} of this model has {x.shape[-1]}"
         )
     if dictionary.site_out != dictionary.site:
         return  # a transcoder predicts another site: what it reads does not tell how well

@@ -150,9 +150,7 @@ class Follower:
         prompt[:, : self._prompt_width] = True
         return prompt
 
-    def _continue_sequence(
-        self, batch: int, seq: int, start: int, device: torch.device
-    ) -> Bool[Tensor, "batch seq"]:
+    def _continue_sequence(self, batch: int, seq: int, start: int, device: torch.device) -> Bool[Tensor, "batch seq"]:
         known = self._known() if self._known is not None else None
         self._last_ids = None
         ours = known is self._cache or (known is None and start == self._length)
@@ -218,9 +216,7 @@ def _extends(ids: Int[Tensor, "batch longer"], last: Int[Tensor, "batch seq"]) -
     return bool((head[:, None] == last[None]).all(-1).any(1).all())
 
 
-def _real(
-    mask: Tensor | None, batch: int, seq: int, start: int, device: torch.device
-) -> Bool[Tensor, "batch seq"]:
+def _real(mask: Tensor | None, batch: int, seq: int, start: int, device: torch.device) -> Bool[Tensor, "batch seq"]:
     if mask is None:
         return torch.ones(batch, seq, dtype=torch.bool, device=device)
     mask = mask.to(device)
@@ -232,8 +228,9 @@ def _real(
 
 def find_embedding(model: nn.Module) -> nn.Module | None:
     """The module that is called with the token ids of every pass, where there is one."""
-    if hasattr(model, "get_input_embeddings"):
-        found = model.get_input_embeddings()
+    get_embeddings: Any = getattr(model, "get_input_embeddings", None)
+    if get_embeddings is not None:
+        found = get_embeddings()
         return found if isinstance(found, nn.Module) else None
     found = getattr(model, "embed", None)
     return found if isinstance(found, nn.Module) else None

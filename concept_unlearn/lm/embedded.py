@@ -110,5 +110,5 @@ def _convert(gguf: Path, folder: Path) -> Path:
     tokenizer.save_pretrained(scratch)
     if folder.exists():
         shutil.rmtree(folder)
-    os.replace(scratch, folder)
+    scratch.replace(folder)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ def new_cache(model: nn.Module, batch: int) -> Any:
     if root(model) is model and is_hooked(model):
         from transformer_lens import HookedTransformerKeyValueCache
 
-        return HookedTransformerKeyValueCache.init_cache(model.cfg, model.cfg.device, batch)  # type: ignore[arg-type]
+        return HookedTransformerKeyValueCache.init_cache(model.cfg, model.cfg.device, batch)
     from transformers import DynamicCache
 
     return DynamicCache(config=root(model).config)
@@ -61,10 +62,8 @@ def forward(
 
 def run_until_stopped(model: nn.Module, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]) -> None:
     """A pass whose logits nobody reads, cut short by ``hooks.stopping``."""
-    try:
+    with contextlib.suppress(Stopped):
         forward(model, ids, mask, keep=1)
-    except Stopped:
-        pass
 
 
 def log_softmax(logits: Tensor) -> Float[Tensor, "... vocab"]:

@@ -57,7 +57,9 @@ def _transformers(
     base: Any = root(model)
     ids, mask = pad(prompts, side="left", device=device)
     sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
     )
     output = base.generate(
         input_ids=ids,

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -75,19 +76,19 @@ def stopping(model: nn.Module, site: Site) -> Iterator[None]:
 
 
 def _with_context(fn: EditFn, follower: Follower) -> Callable[[Tensor], Tensor]:
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def call(x: Tensor) -> Tensor:
         return fn(x, follower.context(x))
 
-    return call
+    uncompiled: Callable[[Tensor], Tensor] = torch.compiler.disable(call)
+    return uncompiled
 
 
 def _hook(place: Place, fn: Callable[[Tensor], Tensor]) -> torch.utils.hooks.RemovableHandle:
     def flat(x: Tensor) -> Tensor:
         if x.ndim == 3:
             return fn(x)
-        y = fn(x.flatten(2))
-        return y if y.shape == x.shape else y.view_as(x)
+        y = fn(rearrange(x, "batch seq head d -> batch seq (head d)"))
+        return rearrange(y, "batch seq (head d) -> batch seq head d", head=x.shape[2])
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
         if isinstance(output, tuple):  # blocks of transformers before 5, and attention modules
@@ -132,10 +133,11 @@ def _watch(model: nn.Module, follower: Follower) -> list[torch.utils.hooks.Remov
     return handles
 
 
-def _hooked_mask(model: nn.Module, ids: Tensor) -> Tensor:
+def _hooked_mask(model: Any, ids: Tensor) -> Tensor:
     from transformer_lens.utils import get_attention_mask
 
-    return get_attention_mask(model.tokenizer, ids, model.cfg.default_prepend_bos)  # type: ignore[union-attr]
+    mask: Tensor = get_attention_mask(model.tokenizer, ids, model.cfg.default_prepend_bos)
+    return mask
 
 
 def _refuse_warm_compile(model: nn.Module) -> None:

@@ -35,7 +35,8 @@ def is_hooked(model: nn.Module) -> bool:
 
 def root(model: nn.Module) -> nn.Module:
     """The module whose call sees the attention mask and the cache of every forward pass."""
-    return model.original_model if is_hooked(model) and hasattr(model, "original_model") else model
+    inner = getattr(model, "original_model", None)
+    return inner if is_hooked(model) and isinstance(inner, nn.Module) else model
 
 
 def locate(model: nn.Module, site: Site) -> Place:
@@ -78,7 +79,8 @@ def text_config(model: nn.Module) -> Any:
 
 
 def _decoder(model: nn.Module) -> nn.Module:
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder is not None else None
     return decoder if isinstance(decoder, nn.Module) else model
 
 

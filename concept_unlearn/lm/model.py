@@ -229,14 +229,24 @@ class LM:
         progress: Progress | None = None,
     ) -> list[list[Scored]]:
         """Token log-probabilities of each candidate answer of each prompt. Each prompt is read once."""
-        return score_answers(
-            self.model,
+        return self.score(
             [self.encode(prompt, chat=chat) for prompt in prompts],
             [[encode_answer(self.tokenizer, a, after_space=not chat) for a in group] for group in answers],
-            device=self.device,
             batch_size=batch_size,
             progress=progress,
         )
+
+    @torch.no_grad()
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[Sequence[int]]],
+        *,
+        batch_size: int = 32,
+        progress: Progress | None = None,
+    ) -> list[list[Scored]]:
+        """``logprobs`` of encoded prompts and answers."""
+        return score_answers(self.model, prompts, answers, device=self.device, batch_size=batch_size, progress=progress)
 
     @torch.no_grad()
     def score_texts(

@@ -50,7 +50,9 @@ class FeaturePatch(Patch):
         check_strength(self.strength)
         first = min(s.site_out for s in self.slices)
         if self.sensor is not None and self.sensor.site > first:
-            raise InvalidConfig(f"the gate reads {self.sensor.site}, which the model computes after the edit at {first}")
+            raise InvalidConfig(
+                f"the gate reads {self.sensor.site}, which the model computes after the edit at {first}"
+            )
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
 from ..errors import CorruptArtifact, InvalidConfig, UnknownName
+from ..files import write_atomically
 from ..lm import LM
 from .base import Patch
 from .origin import Origin
@@ -44,7 +44,9 @@ def save(patch: Patch, folder: Path) -> Path:
     return folder
 
 
-def load_patch(folder: str | Path, lm: LM | None = None, *, any_base: bool = False, revision: str | None = None) -> Patch:
+def load_patch(
+    folder: str | Path, lm: LM | None = None, *, any_base: bool = False, revision: str | None = None
+) -> Patch:
     """A saved patch, from a folder or a Hub repository. With ``lm`` its canary is tried on that model.
 
     Raises CorruptArtifact, PatchMismatch (another base; ``any_base=True`` asks the canary alone) or
@@ -74,19 +76,6 @@ def push_to_hub(patch: Patch, repo_id: str, *, private: bool) -> str:
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=scratch, commit_message=f"{patch.kind} patch"))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """All of it or nothing: a full disk or a kill leaves the old file."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -64,5 +64,5 @@ def _effect(patch: Patch, lm: LM, ids: Sequence[int]) -> Float[Tensor, " 64"]:
     row = torch.tensor([list(ids)], device=lm.device)
     without = lm.logits(row)[0, -1]
     with patch.on(lm):
-        change: Any = (lm.logits(row)[0, -1] - without).float()
+        change = (lm.logits(row)[0, -1] - without).float()
     return change[:: max(len(change) // _N_LOGITS, 1)][:_N_LOGITS].cpu()

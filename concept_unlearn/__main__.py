@@ -1,0 +1,5 @@
+"""``python -m concept_unlearn``"""
+
+from .cli import main
+
+main()

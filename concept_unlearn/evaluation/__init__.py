@@ -1,0 +1,1 @@
+"""What a model still knows, still can do, and how well it still writes."""

@@ -1,0 +1,8 @@
+"""Ways to unlearn: (LM, Scope) in, Patch out."""
+
+from .base import Method as Method
+from .base import Study as Study
+from .presets import PRESETS as PRESETS
+from .presets import preset as preset
+from .steer import Steer as Steer
+from .suppress import Suppress as Suppress
