@@ -88,7 +88,8 @@ class Component(Frozen):
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         if not cls._family:
             return handler(schema)
-        return {"anyOf": [_member_schema(member) for _, member in sorted(cls.members.items())]}
+        by_name = {"enum": sorted(name for name, member in cls.members.items() if not _requires(member))}
+        return {"anyOf": [by_name, *(_member_schema(member) for _, member in sorted(cls.members.items()))]}
 
 
 def build(cls: type[T], fields: dict[str, Any]) -> T:
@@ -108,9 +109,25 @@ def _label(cls: type) -> str:
     return _snake(cls.__name__).replace("_", " ")
 
 
+def _requires(member: type[Component]) -> bool:
+    return any(field.is_required() for field in member.model_fields.values())
+
+
 def _member_schema(member: type[Component]) -> JsonSchemaValue:
     schema = member.model_json_schema()
+    schema = _inlined(schema, schema.pop("$defs", {}))
     schema["properties"] = {"kind": {"const": member.kind}, **schema.get("properties", {})}
     schema["required"] = ["kind", *schema.get("required", [])]
     schema["title"] = member.kind
     return schema
+
+
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    """A schema that stands inside another one cannot keep definitions of its own."""
+    if isinstance(schema, list):
+        return [_inlined(part, definitions) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
+    return {key: _inlined(value, definitions) for key, value in schema.items()}

@@ -54,7 +54,7 @@ def make_hf(kind: str = "llama", seed: int = 0) -> Any:
     return model.eval()
 
 
-def make_hooked(seed: int = 0) -> Any:
+def make_hooked(folder: Any, seed: int = 0) -> Any:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     torch.manual_seed(seed)
@@ -62,7 +62,9 @@ def make_hooked(seed: int = 0) -> Any:
         n_layers=N_LAYERS, d_model=D_MODEL, n_ctx=256, d_head=8, n_heads=2, d_mlp=32, d_vocab=VOCAB,
         act_fn="gelu", device="cpu", seed=seed, model_name="tiny", default_prepend_bos=False,
     )  # fmt: skip
-    return HookedTransformer(config, tokenizer=make_tokenizer(), default_padding_side="right").eval()
+    make_tokenizer().save_pretrained(folder)  # TransformerLens loads it anew
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return HookedTransformer(config, tokenizer=tokenizer, default_padding_side="right").eval()
 
 
 def make_bridge(folder: Any, seed: int = 0) -> Any:
@@ -76,12 +78,12 @@ def make_bridge(folder: Any, seed: int = 0) -> Any:
 
 
 def make_tokenizer() -> Any:
-    """w3 is id 3 and so on; ``chat`` wraps a message in w4 ... w5."""
-    words = {"<bos>": BOS, "<eos>": EOS, "<pad>": PAD} | {f"w{i}": i for i in range(3, VOCAB)}
-    inner = Tokenizer(WordLevel(words, unk_token="w3"))
+    """w4 is id 4 and so on; the chat template wraps a message in w4 ... w5 and opens the answer with w6."""
+    words = {"<bos>": BOS, "<eos>": EOS, "<pad>": PAD, "<unk>": 3} | {f"w{i}": i for i in range(4, VOCAB)}
+    inner = Tokenizer(WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="w3"
+        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )
     tokenizer.chat_template = "{% for m in messages %}w4 {{ m['content'] }} w5 {% endfor %}w6"
     return tokenizer
@@ -100,7 +102,7 @@ def any_hf(request: pytest.FixtureRequest) -> LM:
 def any_lm(request: pytest.FixtureRequest, tmp_path: Any) -> LM:
     """One model of each library."""
     if request.param == "hooked":
-        return LM(make_hooked())
+        return LM(make_hooked(tmp_path))
     if request.param == "bridge":
         return LM(make_bridge(tmp_path))
     return LM(make_hf(), make_tokenizer(), name="llama")

@@ -106,10 +106,9 @@ class SAEDictionary:
 
     def slice(self, features: Sequence[int]) -> Slice:
         chosen = check_features(features, self.n_features, self.name)
+        certified = certificate(self.architecture)
         columns = self._columns(chosen)
-        if certificate(self.architecture).columns:
-            return columns
-        return WholeSlice(columns=columns, dictionary=self)
+        return columns if certified.columns else WholeSlice(columns=columns, dictionary=self)
 
     def to(self, device: torch.device) -> SAEDictionary:
         if next(self.sae.parameters()).device != device:
@@ -226,7 +225,9 @@ class WholeSlice:
         from sae_lens import SAE
 
         sae_cls = SAE.get_sae_class_for_architecture(spec["sae"]["architecture"])
-        config = SAE.get_sae_config_class_for_architecture(spec["sae"]["architecture"]).from_dict(spec["sae"])
+        config = SAE.get_sae_config_class_for_architecture(spec["sae"]["architecture"]).from_dict(
+            spec["sae"] | {"dtype": "float32", "device": "cpu"}
+        )
         sae = sae_cls(config)
         sae.load_state_dict({n.removeprefix("sae."): t for n, t in tensors.items() if n.startswith("sae.")})
         columns = ColumnSlice.restore(spec, {n: t for n, t in tensors.items() if not n.startswith("sae.")})

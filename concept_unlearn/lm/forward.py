@@ -21,9 +21,9 @@ class Pass(NamedTuple):
 
 def new_cache(model: nn.Module, batch: int) -> Any:
     if root(model) is model and is_hooked(model):
-        from transformer_lens import HookedTransformerKeyValueCache
+        from transformer_lens import TransformerLensKeyValueCache
 
-        return HookedTransformerKeyValueCache.init_cache(model.cfg, model.cfg.device, batch)
+        return TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, batch)
     from transformers import DynamicCache
 
     return DynamicCache(config=root(model).config)
