@@ -93,7 +93,8 @@ class Follower:
         self._mask: Tensor | None = None
         self._cache: Any = None
         self._start = 0
-        self._ids: Int[Tensor, "batch seq"] | None = None
+        self.ids: Int[Tensor, "batch seq"] | None = None
+        """Of the pass under way, as the embedding saw them; None where it saw none."""
         self._known: weakref.ref[Any] | None = None
         self._length = 0
         self._last_ids: Int[Tensor, "batch seq"] | None = None
@@ -102,11 +103,11 @@ class Follower:
         self._unwrap: list[Callable[[], None]] = []
 
     def begin(self, mask: Tensor | None, cache: Any) -> None:
-        self._mask, self._cache, self._ids, self._current = mask, cache, None, None
+        self._mask, self._cache, self._current = mask, cache, None
         self._start = cache_length(cache)  # now: the first block will have added to it by the time a site is reached
 
     def see_ids(self, ids: Tensor) -> None:
-        self._ids = ids if ids.ndim == 2 and not ids.is_floating_point() else None
+        self.ids = ids if ids.ndim == 2 and not ids.is_floating_point() else None
 
     def context(self, x: Tensor) -> Context:
         """``x`` is the first activation of the pass that an edit sees, ``[batch, seq, ...]``."""
@@ -122,11 +123,12 @@ class Follower:
     def _describe(self, x: Tensor) -> Context:
         batch, seq = x.shape[:2]
         start = self._start
+        ids, self.ids = self._whole_ids(batch, seq), None
         tokens = _real(self._mask, batch, seq, start, x.device)
-        if self._ids is not None and self._bos_id is not None:
-            tokens = tokens & (self._ids.to(x.device) != self._bos_id)
+        if ids is not None and self._bos_id is not None:
+            tokens = tokens & (ids.to(x.device) != self._bos_id)
         if start == 0:
-            prompt = self._begin_sequence(batch, seq, x.device)
+            prompt = self._begin_sequence(ids, batch, seq, x.device)
         else:
             prompt = self._continue_sequence(batch, seq, start, x.device)
         self._length = start + seq
@@ -134,13 +136,22 @@ class Follower:
             self._follow(self._cache)
         return Context(tokens, prompt, self.memory)
 
-    def _begin_sequence(self, batch: int, seq: int, device: torch.device) -> Bool[Tensor, "batch seq"]:
-        last, self._last_ids = self._last_ids, self._ids
+    def _whole_ids(self, batch: int, seq: int) -> Int[Tensor, "batch seq"] | None:
+        """A HookedTransformer that generates without a cache embeds the new token only."""
+        ids, last = self.ids, self._last_ids
+        if ids is not None and last is not None and ids.shape == (batch, 1) and last.shape == (batch, seq - 1):
+            return torch.cat([last, ids], dim=1)
+        return ids if ids is not None and ids.shape == (batch, seq) else None
+
+    def _begin_sequence(
+        self, ids: Tensor | None, batch: int, seq: int, device: torch.device
+    ) -> Bool[Tensor, "batch seq"]:
+        last, self._last_ids = self._last_ids, ids
         grew = (
             last is not None
-            and self._ids is not None
-            and self._ids.shape == (last.shape[0], last.shape[1] + 1)
-            and _extends(self._ids, last)
+            and ids is not None
+            and ids.shape == (last.shape[0], last.shape[1] + 1)
+            and _extends(ids, last)
         )
         if not grew:
             self._prompt_width = seq
@@ -198,14 +209,14 @@ _ROW_CHANGES: dict[str, Callable[[Tensor, Any], Tensor]] = {
 
 
 def cache_length(cache: Any) -> int:
-    """Tokens that a key-value cache holds: of transformers, of TransformerLens, or a tuple of tensors."""
+    """Tokens that a key-value cache holds: of transformers, a TransformerLens entry, or a tuple of tensors."""
     if cache is None:
         return 0
     if hasattr(cache, "get_seq_length"):
         return int(cache.get_seq_length())
     if isinstance(cache, tuple):
         return int(cache[0][0].shape[-2]) if cache else 0
-    return int(cache[0].past_keys.shape[1])
+    return int(cache.past_keys.shape[1])
 
 
 def _extends(ids: Int[Tensor, "batch longer"], last: Int[Tensor, "batch seq"]) -> bool:

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import PatchNotReached
 from .context import Context, Follower, find_embedding
@@ -83,7 +84,7 @@ def _with_context(fn: EditFn, follower: Follower) -> Callable[[Tensor], Tensor]:
     return uncompiled
 
 
-def _hook(place: Place, fn: Callable[[Tensor], Tensor]) -> torch.utils.hooks.RemovableHandle:
+def _hook(place: Place, fn: Callable[[Tensor], Tensor]) -> RemovableHandle:
     def flat(x: Tensor) -> Tensor:
         if x.ndim == 3:
             return fn(x)
@@ -107,37 +108,52 @@ def _hook(place: Place, fn: Callable[[Tensor], Tensor]) -> torch.utils.hooks.Rem
     return place.module.register_forward_hook(after)
 
 
-def _watch(model: nn.Module, follower: Follower) -> list[torch.utils.hooks.RemovableHandle]:
+def _watch(model: nn.Module, follower: Follower) -> list[RemovableHandle]:
     base = root(model)
+    if is_hooked(base):
+        return _watch_hooked_transformer(base, follower)
     is_seq2seq = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
     mask_name = "decoder_attention_mask" if is_seq2seq else "attention_mask"
-    text: list[Any] = [None]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        text[0] = args[0] if args else kwargs.get("input")
-        cache = kwargs.get("past_key_values", kwargs.get("past_kv_cache"))
-        follower.begin(kwargs.get(mask_name), cache)
+    def begin(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        follower.begin(kwargs.get(mask_name), kwargs.get("past_key_values"))
 
+    handles = [base.register_forward_pre_hook(begin, with_kwargs=True)]
+    return handles + _watch_embedding(base, follower)
+
+
+def _watch_hooked_transformer(model: Any, follower: Follower) -> list[RemovableHandle]:
+    """Its ``generate`` never calls the model itself, so a pass is known by the first block."""
+    strings: list[Any] = []
+
+    def keep_strings(_: nn.Module, args: tuple[Any, ...]) -> None:
+        strings[:] = args[0] if args and isinstance(args[0], list) else []
+
+    def begin(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        if mask is None and strings and follower.ids is not None:  # padded on the right by the model itself
+            from transformer_lens.utilities import get_attention_mask
+
+            mask = get_attention_mask(model.tokenizer, follower.ids, model.cfg.default_prepend_bos)
+        strings.clear()
+        follower.begin(mask, kwargs.get("past_kv_cache_entry"))
+
+    handles = [
+        model.register_forward_pre_hook(keep_strings),
+        model.blocks[0].register_forward_pre_hook(begin, with_kwargs=True),
+    ]
+    return handles + _watch_embedding(model, follower)
+
+
+def _watch_embedding(model: nn.Module, follower: Follower) -> list[RemovableHandle]:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def see(_: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor):
             follower.see_ids(args[0])
-            if isinstance(text[0], list) and is_hooked(model):  # strings that HookedTransformer padded itself
-                follower.begin(_hooked_mask(model, args[0]), None)
-                follower.see_ids(args[0])
 
-    handles = [base.register_forward_pre_hook(begin, with_kwargs=True)]
-    if (embedding := find_embedding(base)) is not None:
-        handles.append(embedding.register_forward_pre_hook(see))
-    return handles
-
-
-def _hooked_mask(model: Any, ids: Tensor) -> Tensor:
-    from transformer_lens.utils import get_attention_mask
-
-    mask: Tensor = get_attention_mask(model.tokenizer, ids, model.cfg.default_prepend_bos)
-    return mask
+    embedding = find_embedding(model)
+    return [] if embedding is None else [embedding.register_forward_pre_hook(see)]
 
 
 def _refuse_warm_compile(model: nn.Module) -> None:

@@ -1,0 +1,178 @@
+"""A gate decides the same in one pass, in steps, in a batch and padded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from concept_unlearn.errors import EmptyData, InvalidConfig
+from concept_unlearn.gates import (
+    Always,
+    Gate,
+    ProbeGate,
+    SequenceGate,
+    Signal,
+    StreamingGate,
+    TokenGate,
+    conformal_threshold,
+)
+from concept_unlearn.lm.context import Memory
+
+HOT = [1, 0, 1, 1, 0, 0, 0, 1]
+
+
+def signal(hot, *, tokens=None, prompt=None):
+    acts = torch.tensor(hot, dtype=torch.float32)[None, :, None]
+    everywhere = torch.ones(1, acts.shape[1], dtype=torch.bool)
+    return Signal(
+        acts,
+        everywhere if tokens is None else torch.tensor([tokens], dtype=torch.bool),
+        everywhere if prompt is None else torch.tensor([prompt], dtype=torch.bool),
+    )
+
+
+def decide(gate: Gate, hot, **masks):
+    return gate(signal(hot, **masks), Memory())[0].tolist()
+
+
+def test_always_and_token_gates():
+    assert decide(Always(), HOT) == [True] * 8
+    assert decide(TokenGate(above=0.5), HOT) == [bool(h) for h in HOT]
+    strong = Signal(
+        torch.tensor([[[0.4, 0.4]]]), torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool)
+    )
+    assert not TokenGate(above=0.5)(strong, Memory()).any()
+
+
+def test_a_sequence_gate_opens_above_its_share_and_for_the_whole_sequence():
+    assert decide(SequenceGate(above=0.49), HOT) == [True] * 8
+    assert decide(SequenceGate(above=0.5), HOT) == [False] * 8
+
+
+def test_padding_is_no_token():
+    padded = [1, 1, 1, *HOT]
+    tokens = [0, 0, 0, *[1] * 8]
+    assert decide(SequenceGate(above=0.5), padded, tokens=tokens) == [False] * 11
+    assert decide(ProbeGate(above=0.5), padded, tokens=tokens) == [False] * 11
+    assert decide(ProbeGate(above=0.9, pool="max"), [5, 0, 0], tokens=[0, 1, 1]) == [False] * 3
+
+
+@pytest.mark.parametrize(
+    "gate", [SequenceGate(above=0.3), ProbeGate(above=0.3), ProbeGate(above=0.9, pool="max")], ids=repr
+)
+def test_a_decision_is_made_on_the_prompt_and_held(gate):
+    memory = Memory()
+    assert gate(signal([1, 0]), memory).all()
+    answer = signal([0], prompt=[0])
+    assert all(gate(answer, memory).all() for _ in range(20))
+    memory = Memory()
+    assert not gate(signal([0, 0]), memory).any()
+    assert not any(gate(signal([1], prompt=[0]), memory).any() for _ in range(20))
+
+
+def test_more_prompt_may_open_a_gate_and_never_close_it():
+    memory = Memory()
+    assert not SequenceGate(above=0.5)(signal([0, 0, 0]), memory).any()
+    assert SequenceGate(above=0.5)(signal([1, 1, 1, 1]), memory).all()
+    assert SequenceGate(above=0.5)(signal([0] * 50), memory).all()
+
+
+def test_a_one_token_prompt_is_a_prompt():
+    assert decide(SequenceGate(above=0.5), [1]) == [True]
+
+
+def cusum(hot, drift):
+    level, out = 0.0, []
+    for h in hot:
+        level = max(0.0, level + h - drift)
+        out.append(level)
+    return out
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=40), st.floats(0.05, 0.9))
+def test_the_streaming_level_is_the_cusum(hot, drift):
+    found = StreamingGate(above=1.0, drift=drift)._cusum(signal(hot), None)[0]
+    torch.testing.assert_close(found, torch.tensor(cusum(hot, drift)), rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 1), min_size=2, max_size=30), st.data())
+def test_a_streaming_gate_decides_the_same_in_steps(hot, data):
+    """Prompt in one pass, then one token a pass, against everything in one pass with the prompt known."""
+    width = data.draw(st.integers(1, len(hot)))
+    gate = StreamingGate(above=0.7, drift=0.3)
+    prompt = [i < width for i in range(len(hot))]
+    memory = Memory()
+    stepped = gate(signal(hot[:width]), memory)[0].tolist()
+    for h in hot[width:]:
+        stepped += gate(signal([h], prompt=[0]), memory)[0].tolist()
+    assert stepped == decide(gate, hot, prompt=prompt)
+
+
+def test_filler_dilutes_the_share_and_not_the_stream():
+    """The published attack: 1,600 tokens of filler."""
+    concept, filler = [1] * 12, [0] * 1600
+    for attacked in (concept + filler, filler + concept, filler + concept + filler):
+        assert not any(decide(SequenceGate(above=0.05), attacked))
+        assert all(decide(StreamingGate(above=3.0), attacked))
+        assert all(decide(ProbeGate(above=0.5, pool="max"), attacked))
+        assert not any(decide(ProbeGate(above=0.5), attacked))
+    assert not any(decide(StreamingGate(above=3.0), [1, 0, 0, 0, 0] * 200))
+
+
+def test_a_cropped_cache_takes_the_streams_history_back():
+    gate, memory = StreamingGate(above=1.5, drift=0.2), Memory()
+    gate(signal([0, 0]), memory)
+    assert gate(signal([1, 1, 1], prompt=[0, 0, 0]), memory)[0].tolist() == [False, True, True]
+    memory.crop(3)
+    assert gate(signal([0], prompt=[0]), memory)[0].tolist() == [False]
+
+
+@pytest.mark.parametrize("gate", [SequenceGate(above=0.4), StreamingGate(above=1.0), ProbeGate(above=0.4)], ids=repr)
+def test_memory_follows_the_rows_of_a_batch(gate):
+    memory = Memory()
+    both = Signal(torch.tensor([[[1.0], [1.0]], [[0.0], [0.0]]]), *[torch.ones(2, 2, dtype=torch.bool)] * 2)
+    assert gate(both, memory)[:, 0].tolist() == [True, False]
+    memory.apply(lambda rows: rows[torch.tensor([1, 0, 0])])
+    step = Signal(torch.zeros(3, 1, 1), torch.ones(3, 1, dtype=torch.bool), torch.zeros(3, 1, dtype=torch.bool))
+    assert gate(step, memory)[:, 0].tolist() == [False, True, True]
+
+
+@given(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=60), st.floats(0.01, 0.5))
+@settings(deadline=None)
+def test_a_conformal_threshold_lets_at_most_alpha_of_its_own_sample_through(values, alpha):
+    threshold = conformal_threshold(torch.tensor(values), alpha)
+    assert sum(v > threshold for v in values) <= alpha * (len(values) + 1)
+    assert threshold in torch.tensor(values).tolist()
+
+
+def test_a_conformal_threshold_keeps_its_promise_on_new_draws():
+    generator = torch.Generator().manual_seed(0)
+    opened = [
+        float(
+            (torch.randn(200, generator=generator) > conformal_threshold(torch.randn(99, generator=generator), 0.05))
+            .float()
+            .mean()
+        )
+        for _ in range(200)
+    ]
+    assert sum(opened) / 200 == pytest.approx(0.05, abs=0.008)
+
+
+def test_a_gate_without_a_threshold_says_so():
+    for gate in (SequenceGate(), StreamingGate(), ProbeGate()):
+        with pytest.raises(InvalidConfig, match="has no threshold yet"):
+            decide(gate, HOT)
+    with pytest.raises(InvalidConfig, match="no threshold to fit"):
+        Always().statistic(signal(HOT))
+    with pytest.raises(EmptyData):
+        conformal_threshold(torch.tensor([]), 0.05)
+
+
+def test_fitting_sets_a_threshold_once():
+    fitted = SequenceGate(alpha=0.5).fitted(torch.arange(9.0))
+    assert fitted.above == 4.0
+    assert fitted.fitted(torch.zeros(3)) == fitted
