@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
@@ -27,7 +28,9 @@ def save(patch: Patch, folder: Path) -> Path:
     if patch.origin is None:
         raise InvalidConfig("this patch has not met its model yet: patch.save(folder, lm), or calibrate it first")
     folder.mkdir(parents=True, exist_ok=True)
-    content = dump_tensors({name: t.detach().cpu().contiguous() for name, t in patch.tensors().items()})
+    content = dump_tensors(
+        {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in patch.tensors().items()}
+    )
     digest = hashlib.sha256(content).hexdigest()
     config = {
         "format": FORMAT,

