@@ -61,7 +61,7 @@ def scope(lm):
 
 @pytest.fixture
 def patch():
-    return FeaturePatch(dictionary=make_sae("standard"), features=[1, 3], edit=DenseClamp(to=-1.0))
+    return FeaturePatch(dictionary=make_sae("standard"), features=[1, 3], edit=DenseClamp(to=-0.5))
 
 
 def test_utility_is_one_over_what_was_asked_when_off(lm, scope, patch):
@@ -71,7 +71,7 @@ def test_utility_is_one_over_what_was_asked_when_off(lm, scope, patch):
 
 
 def test_a_calibrated_patch_keeps_what_was_asked_and_knows_its_model(lm, scope, patch):
-    found = calibrate(lm, patch, scope, keep=0.9, max_perplexity=1.5, grid=6, tolerance=0.05)
+    found = calibrate(lm, patch, scope, keep=0.9, max_perplexity=1.5, grid=6, tolerance=0.02)
     assert 0 < found.strength < 1
     utility = RetainedUtility(lm, patch, scope, keep=0.9, max_perplexity=1.5)
     assert utility(found.strength) >= 1

@@ -34,7 +34,8 @@ def estimate(
         return Estimate(None, None, None, 0)
     data = np.asarray(table, dtype=float)
     combine = statistic or (lambda mean: mean)
-    value = float(combine(*data.mean(0)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(combine(*data.mean(0)))
     picks = np.random.default_rng(seed).integers(len(data), size=(RESAMPLES, len(data)))
     means = data[picks].mean(1)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from concept_unlearn.data.encode import encode_answer, encode_prompt, encode_text, pad
@@ -25,7 +25,7 @@ def byte_level():
 def sentence_piece():
     """As Llama 2's: any text that begins a string gets a space before it."""
     inner = Tokenizer(models.BPE(byte_fallback=False, unk_token="<unk>"))
-    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     inner.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"]))
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 

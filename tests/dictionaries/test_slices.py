@@ -188,7 +188,7 @@ def test_every_architecture_of_sae_lens_is_certified_or_refused_by_name():
 
     for architecture in {*SAE_CLASS_REGISTRY, *SAE_TRAINING_CLASS_REGISTRY}:
         if architecture in REFUSED:
-            with pytest.raises(NotExact, match="neighbours in it|earlier tokens"):
+            with pytest.raises(NotExact, match=r"neighbours in it|earlier tokens"):
                 certificate(architecture)
         else:
             assert certificate(architecture).reason
