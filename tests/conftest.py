@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -144,3 +145,47 @@ def make_sae(
             if name == "threshold":
                 parameter.abs_()
     return sae.eval()
+
+
+def make_perfect_sae(site: str = "blocks.1.hook_resid_post", d_in: int = D_MODEL) -> Any:
+    """Two features a direction, one each way: relu(x) - relu(-x) = x, so it explains all of any activation."""
+    sae = make_sae("standard", d_in=d_in, d_sae=2 * d_in, hook_name=site)
+    eye = torch.eye(d_in, dtype=torch.float64)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.cat([eye, -eye], 1))
+        sae.W_dec.copy_(torch.cat([eye, -eye], 0))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    return sae.to(dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny model, a dictionary of it and a scope of it, each in a folder: what the shell and configs name."""
+    root = tmp_path_factory.mktemp("workplace")
+    model, tokenizer = make_hf(), make_tokenizer()
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    make_perfect_sae().save_model(root / "dictionary")
+    lm = LM(model, tokenizer)
+    scope = {
+        "forget": [{"text": words(*range(i, i + 8))} for i in range(30, 40)],
+        "near": [{"text": words(*range(i, i + 8))} for i in range(24, 28)],
+        "retain": [{"text": words(*range(i, i + 8))} for i in range(7, 17)],
+        "in_easy": _known(lm, range(30, 46)),
+        "in_hard": _known(lm, range(31, 46), step=2),
+        "out_near": _known(lm, range(20, 30)),
+        "out_far": _known(lm, range(7, 20)),
+    }
+    (root / "scope").mkdir()
+    for name, records in scope.items():
+        (root / "scope" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return root
+
+
+def _known(lm: LM, starts: range, step: int = 1) -> list[dict[str, Any]]:
+    """Probes that the model answers, because the answers are what it says."""
+    prompts = [words(i, 7 + (i * step) % 40, i - step) for i in starts]
+    said = lm.generate(prompts, max_new_tokens=1, chat=False)
+    found = [{"prompt": p, "answers": [s], "distractors": ["w46", "w47"]} for p, s in zip(prompts, said, strict=True)]
+    return [f for f in found if f["answers"][0].startswith("w")]

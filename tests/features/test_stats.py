@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import D_MODEL, make_hf, make_sae, make_tokenizer, words
+from conftest import D_MODEL, make_hf, make_perfect_sae, make_sae, make_tokenizer, words
 
 from concept_unlearn.data.scope import Scope
 from concept_unlearn.dictionaries import SAEDictionary
@@ -23,16 +23,8 @@ def scope():
 
 
 @pytest.fixture
-def dictionary(lm):
-    """Two features a direction, one each way, so that relu(x) - relu(-x) = x: a perfect dictionary."""
-    sae = make_sae("standard", d_sae=2 * D_MODEL)
-    eye = torch.eye(D_MODEL, dtype=torch.float64)
-    with torch.no_grad():
-        sae.W_enc.copy_(torch.cat([eye, -eye], 1))
-        sae.W_dec.copy_(torch.cat([eye, -eye], 0))
-        sae.b_enc.zero_()
-        sae.b_dec.zero_()
-    return SAEDictionary(sae.to(dtype=torch.float32))
+def dictionary():
+    return SAEDictionary(make_perfect_sae())
 
 
 def brute_force(lm, dictionary, texts):

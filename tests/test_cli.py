@@ -1,0 +1,91 @@
+"""The shell: each verb works, and an error of the user's is one line that says what is known."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_run import config
+from typer.testing import CliRunner
+
+from concept_unlearn.cli import app, main
+
+
+def shell(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.output
+
+
+def test_run_prints_what_a_newcomer_understands(workplace, tmp_path):
+    out = shell("run", config(workplace, tmp_path / "out"), "--set", "compare={}", "--set", "calibration.grid=2")
+    for expected in ("Forgotten", "Kept", "Side effects", "95 % interval", "Before and after", "report.html"):
+        assert expected in out
+
+
+def test_unlearn_then_evaluate(workplace, tmp_path):
+    common = ("--model", workplace / "model", "--scope", workplace / "scope")
+    out = shell(
+        "unlearn", *common, "--dictionary", workplace / "dictionary", "--output", tmp_path / "patch",
+        "--score", "mean_difference", "--n", 3, "--edit", "{kind: dense_clamp, to: -2}", "--keep", 0.6, "--max-perplexity", 3.0, "--grid", 3,
+    )  # fmt: skip
+    assert "strength" in out
+    out = shell("evaluate", *common, "--patch", tmp_path / "patch", "--output", tmp_path / "report", "--max-probes", 4)
+    assert "answers right" in out
+    assert json.loads((tmp_path / "report" / "summary.json").read_text())["patch"] == "patch"
+
+
+def test_rank_shows_features(workplace):
+    out = shell(
+        "rank", "--model", workplace / "model", "--scope", workplace / "scope", "--dictionary", workplace / "dictionary",
+        "--score", "mean_difference", "--n", 5,
+    )  # fmt: skip
+    assert "forget tokens" in out
+    assert len([line for line in out.splitlines() if "%" in line]) == 5
+
+
+def test_list_names_what_is_built_in():
+    out = shell("list")
+    for name in ("smollm2", "chess", "selectivity", "dense_clamp", "streaming", "suppress", "dsg"):
+        assert name in out
+
+
+def test_the_schema_is_json_and_the_committed_one_is_up_to_date():
+    from pathlib import Path
+
+    out = shell("schema")
+    committed = Path(__file__).parents[1] / "configs" / "run.schema.json"
+    assert json.loads(committed.read_text()) == json.loads(out)
+
+
+@pytest.mark.parametrize("verb", ["run", "unlearn", "evaluate", "rank", "fetch", "list", "schema"])
+def test_every_verb_has_help(verb):
+    assert "Usage" in shell(verb, "--help")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "nothing.yaml"], "InvalidConfig: no config file nothing.yaml"),
+        (["fetch", "smollm3"], "no embedded model named 'smollm3'; known: smollm2"),
+        (["rank", "--scope", "chest", "--dictionary", "x"], "no concept named 'chest'; known: astronomy"),
+    ],
+)
+def test_a_users_error_is_one_line_and_no_traceback(arguments, says, monkeypatch, capsys, workplace):
+    if arguments[0] == "rank":
+        arguments = [*arguments, "--model", str(workplace / "model")]
+    monkeypatch.setattr(sys, "argv", ["concept-unlearn", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    error = " ".join(capsys.readouterr().err.split())
+    assert says in error
+    assert "Traceback" not in error
+
+
+def test_the_module_runs():
+    done = subprocess.run(
+        [sys.executable, "-m", "concept_unlearn", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "Make a language model forget a concept" in done.stdout

@@ -1,0 +1,161 @@
+"""From a config to a patch and a report; stopped and started again it gives what it would have given."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from concept_unlearn.errors import InvalidConfig, SiteNotFound, UnknownName
+from concept_unlearn.lm import LM
+from concept_unlearn.patches import load_patch
+from concept_unlearn.run import Run, execute, load_run
+
+
+def config(workplace, output, **changes):
+    data = {
+        "model": {"name": str(workplace / "model"), "device": "cpu"},
+        "scope": str(workplace / "scope"),
+        "method": {
+            "kind": "suppress", "dictionaries": [str(workplace / "dictionary")], "n": 3,
+            "score": "mean_difference", "edit": {"kind": "dense_clamp", "to": -3.0}, "gate": {"kind": "probe", "alpha": 0.2},
+        },
+        "compare": {
+            "means": {"kind": "steer", "sites": ["resid_post.1"], "edit": {"kind": "shift", "by": -2}},
+            "leace": {"kind": "steer", "sites": ["resid_post.1"], "direction": "leace"},
+        },
+        "calibration": {"keep": 0.7, "max_perplexity": 2.0, "grid": 3, "tolerance": 0.3},
+        "output": str(output),
+    }  # fmt: skip
+    path = output.parent / f"{output.name}.yaml"
+    path.write_text(yaml.safe_dump(data | changes))
+    return path
+
+
+def contents(folder):
+    """What a run leaves, without times."""
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["provenance"]["seconds"]
+    summary["provenance"]["config"]["output"] = summary["cost"] = None
+    rows = (folder / "rows.jsonl").read_text()
+    patches = {
+        p.parent.name: json.loads(p.read_text())["tensors"] for p in sorted(folder.glob("patch*/**/config.json"))
+    }
+    return summary, rows, patches
+
+
+@pytest.fixture(scope="module")
+def finished(workplace, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "whole"
+    report = execute(load_run(config(workplace, output)))
+    return output, report
+
+
+def test_a_run_leaves_everything_that_was_promised(finished):
+    output, report = finished
+    names = {p.name for p in output.iterdir()}
+    assert {"config.yaml", "patch", "patches", "report.html", "rows.jsonl", "stages", "summary.json"} <= names
+    summary = json.loads((output / "summary.json").read_text())
+    easy = summary["metrics"]["in_easy/generated_accuracy"]
+    assert set(easy) == {"base", "patched", "low", "high", "n", "relative"}
+    assert easy["base"] == 1.0
+    assert set(summary["compared"]) == {"sae", "means", "leace"}
+    rows = [json.loads(line) for line in (output / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == sum(map(len, report.base.probes.values())) + sum(map(len, report.base.texts.values()))
+    assert all({"set", "index", "base", "patched"} <= set(row) for row in rows)
+    right = [r["patched"]["sae"]["generated_right"] for r in rows if r["set"] == "in_easy"]
+    assert easy["patched"] == pytest.approx(sum(right) / len(right))
+
+
+def test_the_resolved_config_reproduces_the_run(finished):
+    output, _ = finished
+    assert load_run(output / "config.yaml") == Run(**yaml.safe_load((output / "config.yaml").read_text()))
+
+
+def test_the_saved_patch_is_the_calibrated_one(finished, workplace):
+    output, report = finished
+    patch = load_patch(output / "patch", LM.load(str(workplace / "model"), device="cpu"))
+    assert patch.strength == report.main.strength
+    assert patch.gate.above is not None
+
+
+def test_a_finished_run_is_not_run_again(finished, monkeypatch):
+    output, _ = finished
+    monkeypatch.setattr("concept_unlearn.evaluation.concept.ConceptBenchmark.observe", None)
+    monkeypatch.setattr("concept_unlearn.methods.base.measure_all", None)
+    before = contents(output)
+    execute(load_run(output / "config.yaml"))
+    assert contents(output) == before
+
+
+def test_a_change_of_what_matters_is_run_again(finished, workplace, tmp_path):
+    import shutil
+
+    output = tmp_path / "copy"
+    shutil.copytree(finished[0], output)
+    stages = set((output / "stages").iterdir())
+    execute(load_run(config(workplace, output), ["method.n=2"]))
+    new = {p.name.rsplit("-", 1)[0] for p in set((output / "stages").iterdir()) - stages}
+    assert new == {"patch-sae"}
+
+
+def test_killed_anywhere_and_started_again_it_gives_the_same(finished, workplace, tmp_path):
+    output = tmp_path / "killed"
+    path = config(workplace, output)
+    command = [sys.executable, "-m", "concept_unlearn", "run", str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for stages in (1, 2, 3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        while process.poll() is None and len(list((output / "stages").glob("*.json"))) < stages:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert contents(output) == contents(finished[0])
+
+
+class TestBadInput:
+    def test_unknown_keys_anywhere(self, workplace, tmp_path):
+        with pytest.raises(InvalidConfig, match="run has no 'modle'; known: model, scope"):
+            load_run(config(workplace, tmp_path / "a", modle="x"))
+        for key in ("method.nn=3", "method.edit.too=3", "calibration.kep=1", "model.dtyp=x"):
+            with pytest.raises(InvalidConfig, match="known: "):
+                load_run(config(workplace, tmp_path / "a"), [key])
+
+    def test_unknown_components(self, workplace, tmp_path):
+        for key, known in (
+            ("method.kind=surpress", "steer, suppress"), ("method.edit.kind=clmp", "clamp"),
+            ("method.gate=porbe", "probe"), ("method.score=sparse", "sparsity"),
+        ):  # fmt: skip
+            with pytest.raises(UnknownName, match=known):
+                load_run(config(workplace, tmp_path / "a"), [key])
+        with pytest.raises(SiteNotFound, match="known"):
+            load_run(config(workplace, tmp_path / "a"), ["compare.means.sites=[resid_pst.1]"])
+
+    def test_files_that_are_no_config(self, tmp_path):
+        with pytest.raises(InvalidConfig, match="no config file"):
+            load_run(tmp_path / "nothing.yaml")
+        for text, says in (("a: [", "not YAML"), ("- 1", "should hold a mapping")):
+            (tmp_path / "bad.yaml").write_text(text)
+            with pytest.raises(InvalidConfig, match=says):
+                load_run(tmp_path / "bad.yaml")
+
+    def test_overrides_that_are_none(self, workplace, tmp_path):
+        path = config(workplace, tmp_path / "a")
+        with pytest.raises(InvalidConfig, match="key=value"):
+            load_run(path, ["method.n"])
+        with pytest.raises(InvalidConfig, match="scope is no mapping"):
+            load_run(path, ["scope.name=3"])
+
+    def test_unknown_dictionaries_and_scopes(self, workplace, tmp_path):
+        with pytest.raises(UnknownName, match="no dictionary named 'nowhere'"):
+            execute(load_run(config(workplace, tmp_path / "a"), ["method.dictionaries=[nowhere]"]))
+        with pytest.raises(UnknownName, match="no concept named 'nothing'"):
+            execute(load_run(config(workplace, tmp_path / "a"), ["scope=nothing"]))
