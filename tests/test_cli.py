@@ -29,7 +29,8 @@ def test_unlearn_then_evaluate(workplace, tmp_path):
     common = ("--model", workplace / "model", "--scope", workplace / "scope")
     out = shell(
         "unlearn", *common, "--dictionary", workplace / "dictionary", "--output", tmp_path / "patch",
-        "--score", "mean_difference", "--n", 3, "--edit", "{kind: dense_clamp, to: -2}", "--keep", 0.6, "--max-perplexity", 3.0, "--grid", 3,
+        "--score", "mean_difference", "--n", 3, "--edit", "{kind: dense_clamp, to: -2}",
+        "--keep", 0.6, "--max-perplexity", 3.0, "--grid", 3,
     )  # fmt: skip
     assert "strength" in out
     out = shell("evaluate", *common, "--patch", tmp_path / "patch", "--output", tmp_path / "report", "--max-probes", 4)
@@ -39,8 +40,8 @@ def test_unlearn_then_evaluate(workplace, tmp_path):
 
 def test_rank_shows_features(workplace):
     out = shell(
-        "rank", "--model", workplace / "model", "--scope", workplace / "scope", "--dictionary", workplace / "dictionary",
-        "--score", "mean_difference", "--n", 5,
+        "rank", "--model", workplace / "model", "--scope", workplace / "scope",
+        "--dictionary", workplace / "dictionary", "--score", "mean_difference", "--n", 5,
     )  # fmt: skip
     assert "forget tokens" in out
     assert len([line for line in out.splitlines() if "%" in line]) == 5

@@ -24,7 +24,8 @@ def config(workplace, output, **changes):
         "scope": str(workplace / "scope"),
         "method": {
             "kind": "suppress", "dictionaries": [str(workplace / "dictionary")], "n": 3,
-            "score": "mean_difference", "edit": {"kind": "dense_clamp", "to": -3.0}, "gate": {"kind": "probe", "alpha": 0.2},
+            "score": "mean_difference", "edit": {"kind": "dense_clamp", "to": -3.0},
+            "gate": {"kind": "probe", "alpha": 0.2},
         },
         "compare": {
             "means": {"kind": "steer", "sites": ["resid_post.1"], "edit": {"kind": "shift", "by": -2}},
