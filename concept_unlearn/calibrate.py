@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from .data.scope import Scope
 from .errors import EmptyData, InvalidConfig
 from .evaluation.concept import perplexity_ratio, read_texts
-from .evaluation.probes import probe_rows
+from .evaluation.probes import answered
 from .lm import LM
 from .patches import Patch
 
@@ -75,7 +75,7 @@ class RetainedUtility:
         return (self.scope.out_near or self.scope.out_far)[: self.max_probes]
 
     def _right(self) -> int:
-        return sum(row.generated_right for row in probe_rows(self.lm, self._probes, progress=self.progress))
+        return sum(answered(self.lm, self._probes, progress=self.progress))
 
     def _texts(self) -> Any:
         return read_texts(self.lm, self.scope.retain[: self.max_passages], self.max_tokens, progress=self.progress)

@@ -161,10 +161,11 @@ class _Execution:
             "calibration": self.run.calibration and self.run.calibration.model_dump(),
             "benchmark": self.run.benchmark.model_dump(),
         }
-        stored = self._stage(f"patch-{name}", StoredEntry, what, lambda: self._make(name, method))
+        folder = self.run.output / ("patch" if name == self.run.name else f"patches/{name}")
+        stored = self._stage(f"patch-{name}", StoredEntry, what, lambda: self._make(name, method, folder), needs=folder)
         return stored.entry(name)
 
-    def _make(self, name: str, method: Method) -> StoredEntry:
+    def _make(self, name: str, method: Method, folder: Path) -> StoredEntry:
         study = self.study
         with self.track(f"make {name}", None) as progress:
             study.progress = progress
@@ -172,7 +173,7 @@ class _Execution:
         found = self._calibrate(name, patch)
         patch = patch.at(found.strength if found else patch.strength)
         patch = patch.met(self.lm, [p.text for p in self.tune.forget[:6]])
-        patch.save(self.run.output / ("patch" if name == self.run.name else f"patches/{name}"))
+        patch.save(folder)
         with self.track(f"evaluate {name}", self.benchmark.n_steps) as progress:
             entry = observe(
                 self.lm,
@@ -198,13 +199,13 @@ class _Execution:
             )  # fmt: skip
             return find_strength(utility, grid=spec.grid, tolerance=spec.tolerance)
 
-    def _stage(self, name: str, kind: type[T], what: Any, make: Callable[[], T]) -> T:
-        """``make()``, or what it made when the same was asked before."""
+    def _stage(self, name: str, kind: type[T], what: Any, make: Callable[[], T], needs: Path | None = None) -> T:
+        """``make()``, or what it made when the same was asked before, if what it ``needs`` is still there."""
         key = json.dumps(
             [name, what, self.lm.fingerprint, str(self.lm.dtype), self._scope_hash, _version()], sort_keys=True
         )
         path = self.stages / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
-        if path.is_file():
+        if path.is_file() and (needs is None or needs.is_dir()):
             return kind.model_validate_json(path.read_bytes())  # type: ignore[attr-defined,no-any-return]
         made = make()
         write_atomically(path, made.model_dump_json().encode())  # type: ignore[attr-defined]

@@ -18,7 +18,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.progress import Progress
 
@@ -57,7 +56,7 @@ def main() -> None:
     known = sorted(p.stem for p in SOURCES.glob("[!_]*.yaml"))
     parser.add_argument("concepts", nargs="*", default=known)
     parser.add_argument("--work", type=Path, default=Path("runs/concepts"))
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=64)
     options = parser.parse_args()
     models = [LM.load("smollm2", dtype=dtype) for dtype in ("float32", "bfloat16")]
     options.work.mkdir(parents=True, exist_ok=True)
@@ -150,13 +149,12 @@ def degenerate(text: str) -> bool:
 
 
 def verify(probes: list[Probe], models: list[LM], what: str, progress: Progress) -> list[Probe]:
-    probes = list({normalise(p.prompt): p for p in probes}.values())
-    right = torch.ones(len(probes), dtype=torch.bool)
+    kept = [p for p in {normalise(p.prompt): p for p in probes}.values() if not p.answered_by(p.prompt)]
     for lm in models:
-        task = progress.add_task(f"verify {what} ({lm.dtype})".replace("torch.", ""), total=2 * len(probes))
-        rows = probe_rows(lm, probes, progress=lambda n, task=task: progress.advance(task, n))
-        right &= torch.tensor([row.generated_right and row.ranked_right for row in rows])
-    return [p for p, ok in zip(probes, right, strict=True) if ok and not p.answered_by(p.prompt)]
+        task = progress.add_task(f"verify {what} ({lm.dtype})".replace("torch.", ""), total=2 * len(kept))
+        rows = probe_rows(lm, kept, batch_size=64, progress=lambda n, task=task: progress.advance(task, n))
+        kept = [p for p, row in zip(kept, rows, strict=True) if row.generated_right and row.ranked_right]
+    return kept
 
 
 if __name__ == "__main__":

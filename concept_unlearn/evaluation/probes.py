@@ -38,22 +38,14 @@ def probe_rows(
     lm: LM, probes: Sequence[Probe], *, batch_size: int = 32, progress: Progress | None = None
 ) -> list[ProbeRow]:
     """``progress`` hears of each probe twice: when its answers are scored, and when it has been answered."""
-    chat = [p.chat and has_chat_template(lm.tokenizer) for p in probes]
-    prompts = [lm.encode(p.prompt, chat=c) for p, c in zip(probes, chat, strict=True)]
+    chat, prompts = _prompts(lm, probes)
     candidates = [(*p.answers, *_distractors(p, probes)) for p in probes]
     encoded = [
         [encode_answer(lm.tokenizer, text, after_space=not c) for text in group]
         for group, c in zip(candidates, chat, strict=True)
     ]
     scored = lm.score(prompts, encoded, batch_size=batch_size, progress=progress)
-    written: list[list[int]] = [[] for _ in probes]
-    for is_chat, length in ((False, CLOZE_TOKENS), (True, CHAT_TOKENS)):
-        mine = [i for i, c in enumerate(chat) if c == is_chat]
-        ids = lm.generate_ids(
-            [prompts[i] for i in mine], max_new_tokens=length, batch_size=batch_size, progress=progress
-        )
-        for i, answer in zip(mine, ids, strict=True):
-            written[i] = answer
+    written = _replies(lm, prompts, chat, batch_size, progress)
     rows = []
     for probe, is_chat, group, texts, reply in zip(probes, chat, scored, candidates, written, strict=True):
         n = len(probe.answers)
@@ -73,6 +65,35 @@ def probe_rows(
             )
         )
     return rows
+
+
+def answered(lm: LM, probes: Sequence[Probe], *, batch_size: int = 32, progress: Progress | None = None) -> list[bool]:
+    """``generated_right`` of ``probe_rows``, for whoever needs nothing else. ``progress`` hears of each probe."""
+    chat, prompts = _prompts(lm, probes)
+    replies = _replies(lm, prompts, chat, batch_size, progress)
+    return [
+        probe.answered_by(lm.tokenizer.decode(reply, skip_special_tokens=True))
+        for probe, reply in zip(probes, replies, strict=True)
+    ]
+
+
+def _prompts(lm: LM, probes: Sequence[Probe]) -> tuple[list[bool], list[list[int]]]:
+    chat = [p.chat and has_chat_template(lm.tokenizer) for p in probes]
+    return chat, [lm.encode(p.prompt, chat=c) for p, c in zip(probes, chat, strict=True)]
+
+
+def _replies(
+    lm: LM, prompts: Sequence[list[int]], chat: Sequence[bool], batch_size: int, progress: Progress | None
+) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in prompts]
+    for is_chat, length in ((False, CLOZE_TOKENS), (True, CHAT_TOKENS)):
+        mine = [i for i, c in enumerate(chat) if c == is_chat]
+        ids = lm.generate_ids(
+            [prompts[i] for i in mine], max_new_tokens=length, batch_size=batch_size, progress=progress
+        )
+        for i, reply in zip(mine, ids, strict=True):
+            found[i] = reply
+    return found
 
 
 def _distractors(probe: Probe, probes: Sequence[Probe]) -> tuple[str, ...]:
