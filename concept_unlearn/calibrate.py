@@ -26,6 +26,8 @@ _CANARIES = 6
 
 
 class Calibration(NamedTuple):
+    """The largest strength that keeps enough, and how it was found."""
+
     strength: float
     target: float
     achieved: float

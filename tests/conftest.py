@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,7 +15,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 
-from concept_unlearn.lm import LM
+from concept_unlearn.compare import compare
+from concept_unlearn.data.scope import Scope
+from concept_unlearn.evaluation.concept import ConceptBenchmark, Rows
+from concept_unlearn.lm import LM, Site
+from concept_unlearn.methods import Steer, Suppress
+from concept_unlearn.report import Report
 
 VOCAB = 48
 D_MODEL = 16
@@ -181,6 +187,66 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Any:
     for name, records in scope.items():
         (root / "scope" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return root
+
+
+PLANTED = (3, 5)
+CONCEPT, NEAR, FAR = range(36, 46), range(26, 36), range(8, 26)
+
+
+class Planted(NamedTuple):
+    lm: LM
+    scope: Scope
+    first: str
+    """Folder of a dictionary at resid_pre.0, in which the planted features are the concept."""
+    second: str
+    """Folder of one at resid_post.1."""
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    """Feature 3 fires on the even words of the concept, feature 5 on the odd ones, and on nothing else."""
+    root = tmp_path_factory.mktemp("planted")
+    model = make_hf()
+    with torch.no_grad():
+        words_of = model.model.embed_tokens.weight
+        words_of[:, PLANTED] = -words_of[:, PLANTED].abs()
+        for parity, feature in enumerate(PLANTED):
+            words_of[CONCEPT[parity::2], feature] *= -4
+    for name, site in (("first", "blocks.0.hook_resid_pre"), ("second", "blocks.1.hook_resid_post")):
+        make_perfect_sae(site).save_model(root / name)
+    lm, generator = LM(model, make_tokenizer(), name="tiny"), torch.Generator().manual_seed(0)
+
+    def draw(pool: range, n: int) -> list[str]:
+        return [words(*(pool[i] for i in torch.randperm(len(pool), generator=generator)[:8])) for _ in range(n)]
+
+    scope = Scope.of(
+        "planted", forget=draw(CONCEPT, 24), near=draw(NEAR, 8), retain=draw(FAR, 24),
+        in_easy=_known(lm, CONCEPT), in_hard=_known(lm, CONCEPT, step=2),
+        out_near=_known(lm, NEAR), out_far=_known(lm, FAR),
+    )  # fmt: skip
+    return Planted(lm, scope, str(root / "first"), str(root / "second"))
+
+
+@pytest.fixture(scope="session")
+def report(planted: Planted) -> Report:
+    """Two patches on the planted concept, the second with a curve as calibration leaves one."""
+    methods = {"sae": Suppress(dictionaries=(planted.first,), n=2), "means": Steer(sites=(Site("resid_pre", 0),))}
+    patches = {name: method(planted.lm, planted.scope) for name, method in methods.items()}
+    found = compare(planted.lm, patches, ConceptBenchmark(planted.scope))
+    sae, means = found.entries
+    means = replace(means, curve=((0.5, 1.25), (1.0, 0.75)))
+    return replace(found, entries=(sae, means), provenance={"device": "cpu", "config": {"scope": "planted"}})
+
+
+def asked_only(report: Report, *sets: str) -> Report:
+    """What the report would be if the scope had probes in these sets alone."""
+
+    def cut(rows: Rows) -> Rows:
+        kept = {n: rows.probes[n] if n in sets else () for n in rows.probes}
+        return rows.model_copy(update={"probes": kept, "surprise": {n: rows.surprise[n][: len(kept[n])] for n in kept}})
+
+    entries = tuple(replace(entry, rows=cut(entry.rows)) for entry in report.entries)
+    return replace(report, base=cut(report.base), entries=entries)
 
 
 def _known(lm: LM, starts: range, step: int = 1) -> list[dict[str, Any]]:

@@ -106,6 +106,16 @@ def test_a_change_of_what_matters_is_run_again(finished, workplace, tmp_path):
     assert new == {"patch-sae"}
 
 
+def test_a_patch_that_was_deleted_is_made_again(finished, tmp_path):
+    import shutil
+
+    output = tmp_path / "copy"
+    shutil.copytree(finished[0], output)
+    shutil.rmtree(output / "patch")
+    execute(load_run(output / "config.yaml", [f"output={output}"]))
+    assert contents(output) == contents(finished[0])
+
+
 def test_killed_anywhere_and_started_again_it_gives_the_same(finished, workplace, tmp_path):
     output = tmp_path / "killed"
     path = config(workplace, output)

@@ -18,6 +18,8 @@ Example = TypeVar("Example", bound="Frozen")
 
 
 class Passage(Frozen):
+    """Text to learn from: of the concept, or of what is kept."""
+
     text: str
     prompt: str | None = None
     """The user's message that the text replies to; none for plain prose."""
@@ -36,6 +38,8 @@ class Passage(Frozen):
 
 
 class Probe(Frozen):
+    """A question with known answers: of the concept, or of what is kept."""
+
     prompt: str
     answers: tuple[str, ...]
     """Any of them is right."""

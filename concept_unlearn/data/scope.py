@@ -47,6 +47,8 @@ class Halves(NamedTuple):
 
 @dataclass(frozen=True)
 class Scope:
+    """What is to be forgotten, what is to be kept, and the probes that tell."""
+
     name: str
     forget: tuple[Passage, ...]
     near: tuple[Passage, ...] = ()

@@ -16,6 +16,8 @@ from .slice import Slice
 
 @runtime_checkable
 class Dictionary(Protocol):
+    """What reads an activation at a site as a sum of features: SAELens' SAEs, and anything of this shape."""
+
     @property
     def name(self) -> str: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,25 @@ def load_dictionary(name: str | Path, *, site: str | Site | None = None, device:
 def _from_folder(folder: Path, name: str, site: str | Site | None, device: str) -> SAEDictionary:
     from safetensors import SafetensorError
 
-    if not (folder / "cfg.json").is_file():
-        raise CorruptArtifact(f"{folder} holds no cfg.json, so no SAELens dictionary")
+    certificate(_architecture(folder))
     try:
-        return _wrap(_sae_class().load_from_disk(folder, device=device, dtype="float32"), name, site)
-    except (SafetensorError, FileNotFoundError, KeyError, RuntimeError) as error:
+        sae = _sae_class().load_from_disk(folder, device=device, dtype="float32")
+    except (SafetensorError, FileNotFoundError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CorruptArtifact(f"{folder} is not a whole SAELens dictionary: {error}") from error
+    return _wrap(sae, name, site)
+
+
+def _architecture(folder: Path) -> str:
+    """Read before SAELens does, which knows neither its own training classes nor a file that is not JSON."""
+    try:
+        config = json.loads((folder / "cfg.json").read_text())
+    except FileNotFoundError:
+        raise CorruptArtifact(f"{folder} holds no cfg.json, so no SAELens dictionary") from None
+    except ValueError as error:
+        raise CorruptArtifact(f"{folder / 'cfg.json'} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CorruptArtifact(f"{folder / 'cfg.json'} is not the config of a SAELens dictionary")
+    return str(config.get("architecture", "standard"))
 
 
 def _from_release(text: str, site: str | Site | None, device: str) -> SAEDictionary:

@@ -56,6 +56,8 @@ class CorpusStats:
 
 @dataclass(frozen=True)
 class Stats:
+    """What the features of one dictionary do on forget and on retain text."""
+
     dictionary: str
     site: Site
     forget: CorpusStats

@@ -36,7 +36,9 @@ def accuracies(report: Report) -> str:
 
 
 def tradeoff(report: Report) -> str:
-    """Every patch by what it forgets and what it keeps; the corner wanted is the lower right one."""
+    """Every patch by what it forgets and what it keeps; the corner wanted is the lower right one. Empty if the
+    benchmark asks nothing of the one kind or the other.
+    """
     figure, axes = _figure(6.4, 4.2)
     for i, entry in enumerate(report.entries):
         summary = report.summary(entry)
@@ -50,6 +52,8 @@ def tradeoff(report: Report) -> str:
         axes.plot([x.low, x.high], [y.value, y.value], color=colour, lw=1.2, alpha=0.5)
         axes.plot([x.value, x.value], [y.low, y.high], color=colour, lw=1.2, alpha=0.5)
         axes.scatter(x.value, y.value, color=colour, s=60, zorder=3, label=entry.name)
+    if not axes.collections:
+        return ""
     axes.set_xlabel("kept: neighbouring questions answered right")
     axes.set_ylabel("left: concept questions answered right")
     axes.xaxis.set_major_formatter("{x:.0%}")

@@ -23,9 +23,8 @@ def render(report: Report) -> RenderableType:
 
 def _main(report: Report) -> Table:
     main, summary = report.main, report.summary()
-    table = Table(
-        title=f"{report.benchmark.scope.name}: unlearned from {report.model} by {main.name}", title_justify="left"
-    )
+    title = f"{report.benchmark.scope.name}: unlearned from {report.model} by {main.name}"
+    table = Table(title=Text(title, style="table.title"), title_justify="left")
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
@@ -62,7 +61,7 @@ def _compared(report: Report) -> Table:
     for entry in report.entries:
         summary = report.summary(entry)
         cells = [shown(kind, summary[metric], "patched") if metric in summary else "–" for _, metric, kind in COLUMNS]
-        table.add_row(entry.name, *cells, f"{entry.strength:.3g}", style="bold" if entry is report.main else "")
+        table.add_row(Text(entry.name), *cells, f"{entry.strength:.3g}", style="bold" if entry is report.main else "")
     return table
 
 
@@ -73,7 +72,7 @@ def _examples(report: Report) -> Table:
     table.add_column("after", ratio=4)
     for name, i in report_examples(report):
         before, after = report.base.probes[name][i], report.main.rows.probes[name][i]
-        table.add_row(before.prompt, _oneline(before.generation), _oneline(after.generation))
+        table.add_row(Text(before.prompt), _oneline(before.generation), _oneline(after.generation))
     return table
 
 
@@ -87,5 +86,6 @@ def report_examples(report: Report, n: int = _EXAMPLES) -> list[tuple[str, int]]
     return picks
 
 
-def _oneline(text: str) -> str:
-    return " ".join(text.split())
+def _oneline(text: str) -> Text:
+    """Not a str, in which rich would take brackets for markup."""
+    return Text(" ".join(text.split()))

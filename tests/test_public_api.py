@@ -1,0 +1,76 @@
+"""What ``import concept_unlearn`` promises: these names, each explained, and nothing slow on the way."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import yaml
+
+import concept_unlearn
+from concept_unlearn import Edit, Gate, Method, Score
+from concept_unlearn.edits import Relative
+
+EXPORTED = [
+    "Calibration", "calibrate", "find_strength", "compare", "Passage", "Probe", "Scope", "concepts", "Dictionary",
+    "SAEDictionary", "load_dictionary", "Clamp", "DenseClamp", "Edit", "Mean", "Refuse", "Relative", "Scale",
+    "Shift", "Zero", "ConceptUnlearnError", "ConceptBenchmark", "AttributionScore", "AUCScore", "CountScore",
+    "EnrichmentScore", "FisherScore", "MeanDifferenceScore", "Score", "SelectivityScore", "SparsityScore", "Stats",
+    "attribute", "difference_of_means", "leace", "matched_frequency", "measure", "measure_all", "select",
+    "fit_gate", "Always", "Gate", "ProbeGate", "SequenceGate", "StreamingGate", "TokenGate", "LM", "Site",
+    "PRESETS", "Method", "Steer", "Suppress", "preset", "FeaturePatch", "Patch", "Stack", "load_patch", "Report",
+    "Run", "execute", "load_run",
+]  # fmt: skip
+FAMILIES = [Edit, Gate, Score, Method]
+MEMBERS = [(family, member) for family in FAMILIES for member in family.members.values()]
+GIVEN = {
+    "scale": {"by": -6.0},
+    "shift": {"by": Relative(-0.5)},
+    "mean": {"values": (0.1, 0.2)},
+    "suppress": {"dictionaries": ("a",), "edit": {"kind": "clamp", "to": {"of_norm": -0.5}}, "gate": "probe"},
+    "steer": {"sites": ("resid_post.1",), "edit": {"kind": "shift", "by": -2}},
+}
+
+
+def test_exactly_these_names_are_public():
+    found = {n for n, v in vars(concept_unlearn).items() if not (n.startswith("_") or isinstance(v, ModuleType))}
+    assert found == set(EXPORTED)
+
+
+@pytest.mark.parametrize("name", [n for n in EXPORTED if n != "PRESETS"])
+def test_every_public_name_has_words_of_its_own(name):
+    written = vars(concept_unlearn)[name].__doc__
+    assert written
+    assert not written.startswith(f"{name}(")  # what dataclasses and named tuples write for themselves
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
+def test_every_member_of_a_family_is_public(family):
+    assert {m.__name__ for m in family.members.values()} <= set(EXPORTED)
+
+
+@pytest.mark.parametrize(("family", "member"), MEMBERS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    ("dump", "load"), [(json.dumps, json.loads), (yaml.safe_dump, yaml.safe_load)], ids=["json", "yaml"]
+)
+def test_every_component_survives_a_file(family, member, dump, load):
+    made = member(**GIVEN.get(member.kind, {}))
+    assert family.parse(load(dump(made.spec()))) == made
+
+
+@pytest.mark.parametrize("name", ["py.typed", "report/report.html.j2", "data/concepts/_shared/retain.jsonl"])
+def test_what_is_not_code_is_shipped(name):
+    assert (importlib.resources.files("concept_unlearn") / name).is_file()
+
+
+def test_importing_is_silent_and_imports_no_slow_library():
+    code = "import sys, concept_unlearn; print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    loaded = {name.partition(".")[0] for name in done.stderr.split()}
+    assert "torch" in loaded
+    assert not loaded & {"sae_lens", "transformer_lens", "transformers", "datasets", "matplotlib", "wandb"}
