@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 from rich.progress import Progress
+from write_text import write
 
 from concept_unlearn import LM, Scope
 from concept_unlearn.data.examples import Passage, Probe, normalise, write_jsonl
@@ -28,8 +29,9 @@ from concept_unlearn.evaluation.probes import probe_rows
 
 SOURCES = Path(__file__).parent / "concepts"
 TOPICS = Path(__file__).parent / "topics.txt"
-MIN_TOKENS, MAX_TOKENS = 60, 130
+MIN_TOKENS, MAX_TOKENS = 60, 120
 TEMPERATURE = 0.7
+NEAR_TOPICS = 70
 
 PROSE = (
     "Write an encyclopedia paragraph about {t}.",
@@ -54,17 +56,20 @@ QUIZ = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = sorted(p.stem for p in SOURCES.glob("[!_]*.yaml"))
-    parser.add_argument("concepts", nargs="*", default=known)
+    parser.add_argument("concepts", nargs="*", default=["_shared", *known], help="_shared is what they have in common")
     parser.add_argument("--work", type=Path, default=Path("runs/concepts"))
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--max-candidates", type=int, help="probes of each set to verify; all where not given")
     options = parser.parse_args()
     models = [LM.load("smollm2", dtype=dtype) for dtype in ("float32", "bfloat16")]
     options.work.mkdir(parents=True, exist_ok=True)
     sources = {name: yaml.safe_load((SOURCES / f"{name}.yaml").read_text()) for name in known}
     with Progress() as progress:
-        build_shared(models, sources, options, progress)
         for name in options.concepts:
-            build_concept(name, sources[name], models, options, progress)
+            if name == "_shared":
+                build_shared(models, sources, options, progress)
+            else:
+                build_concept(name, sources[name], models, options, progress)
 
 
 def build_concept(name: str, source: dict[str, Any], models: list[LM], options: Any, progress: Progress) -> None:
@@ -76,12 +81,19 @@ def build_concept(name: str, source: dict[str, Any], models: list[LM], options: 
         return any(k in normalise(f"{passage.prompt or ''} {passage.text}") for k in keywords)
 
     seed = sum(name.encode())
-    forget = write_passages(models[0], source["forget_topics"], (2, 1, 1), seed, f"{name} forget", options, progress)
-    near = write_passages(models[0], source["near_topics"], (1, 1, 0), seed + 1, f"{name} near", options, progress)
+    mix = tuple(source.get("mix", (1, 1, 1)))
+    topics = [
+        t if about(Passage(text=t)) else source.get("unnamed", "{t}").format(t=t) for t in source["forget_topics"]
+    ]
+    forget = write_passages(models[0], topics, mix, seed, f"{name} forget", options, progress)
+    near = write_passages(
+        models[0], source["near_topics"][:NEAR_TOPICS], (1, 1, 0), seed + 1, f"{name} near", options, progress
+    )
     write_jsonl(folder / "forget.jsonl", [p for p in forget if about(p)])
     write_jsonl(folder / "near.jsonl", [p for p in near if not about(p)])
     for part in ("in_easy", "in_hard", "out_near"):
-        kept = verify([Probe(**p) for p in source[part]], models, f"{name} {part}", progress)
+        candidates = [Probe(**p) for p in random.Random(seed).sample(source[part], len(source[part]))]
+        kept = verify(candidates[: options.max_candidates], models, f"{name} {part}", progress)
         write_jsonl(folder / f"{part}.jsonl", kept)
     scope = Scope.load(name)
     counts = {part: len(getattr(scope, part)) for part in ("forget", "near", "in_easy", "in_hard", "out_near")}
@@ -118,14 +130,14 @@ def write_passages(
         written = json.loads(path.read_text())
     else:
         task = progress.add_task(f"write {what}", total=len(jobs))
-        written = lm.generate(
-            [request for request, _ in jobs],
-            max_new_tokens=MAX_TOKENS,
-            temperature=TEMPERATURE,
-            seed=seed,
-            batch_size=options.batch_size,
-            progress=lambda n: progress.advance(task, n),
-        )
+        asked = [lm.tokenizer.decode(lm.encode(request, chat=True)) for request, _ in jobs]
+        order, written = sorted(range(len(jobs)), key=lambda i: len(asked[i])), [""] * len(jobs)
+        for start in range(0, len(order), options.batch_size):
+            batch = order[start : start + options.batch_size]
+            texts = write(lm, [asked[i] for i in batch], MAX_TOKENS, seed + start, TEMPERATURE)
+            for i, text in zip(batch, texts, strict=True):
+                written[i] = text
+            progress.advance(task, len(batch))
         path.write_text(json.dumps(written))
     found = []
     for (request, kind), text in zip(jobs, written, strict=True):

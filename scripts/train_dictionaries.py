@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import Progress
 from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument(
         "--dead-window", type=int, default=150, help="steps without firing after which a feature is dead"
     )
+    parser.add_argument("--about", default="", help="where the text is from, for the model card")
     parser.add_argument("--held-out", type=Path, help="plain text never trained on")
     parser.add_argument("--held-out-tokens", type=int, default=60_000)
     parser.add_argument("--work", type=Path, default=Path("runs/dictionaries"))
@@ -68,7 +70,8 @@ def main() -> None:
         if not (folder / "cfg.json").is_file():
             train(lm, site, folder, options)
         if options.held_out:
-            console.print(site, json.dumps(evaluate(lm, folder, options), indent=1))
+            (folder / "README.md").write_text(card(lm, site, folder, evaluate(lm, folder, options), options))
+            console.print(Markdown((folder / "README.md").read_text()))
 
 
 def harvest(lm: LM, sites: list[Site], options: Any) -> None:
@@ -199,7 +202,7 @@ def train(lm: LM, site: Site, folder: Path, options: Any) -> None:
     sae.cfg.metadata.hook_name = str(site)
     sae.cfg.metadata.max_norm = state["max_norm"][str(site)]
     sae.cfg.metadata.training_tokens = n_steps * options.batch
-    sae.cfg.metadata.distinct_tokens = state["rows"]
+    sae.cfg.metadata.harvested_tokens = state["rows"]
     folder.mkdir(parents=True, exist_ok=True)
     sae.save_inference_model(str(folder))
     weights = folder / "sae_weights.safetensors"
@@ -235,6 +238,31 @@ def evaluate(lm: LM, folder: Path, options: Any) -> dict[str, float]:
         "loss_recovered": (losses[2] - losses[1]) / (losses[2] - losses[0]),
         "held_out_tokens": n,
     }
+
+
+def card(lm: LM, site: Site, folder: Path, found: dict[str, float], options: Any) -> str:
+    """The model card, in Markdown."""
+    config = json.loads((folder / "cfg.json").read_text())
+    rows = {
+        "model": f"{lm.name} (fingerprint {lm.fingerprint})",
+        "site": str(site),
+        "architecture": f"{config['architecture']}: SAELens' BatchTopK (k {options.k:g}), in float16",
+        "features": f"{config['d_sae']:,}",
+        "trained on": f"{config['metadata']['training_tokens']:,} tokens, "
+        f"drawn from {config['metadata']['harvested_tokens']:,} harvested",
+        "left out": f"BOS, what every chat begins with, sinks (norm above {config['metadata']['max_norm']:.0f})",
+        "variance explained": f"{found['variance_explained']:.3f}",
+        "L0": f"{found['l0']:.1f}",
+        "features that never fire": f"{found['dead']:.1%}",
+        "loss recovered when spliced in": f"{found['loss_recovered']:.4f} "
+        f"({found['loss']:.3f} nats a token, {found['loss_spliced']:.3f} spliced)",
+    }
+    table = "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+    return (
+        f"# {site} of {lm.name}\n\n{options.about}\n\n| | |\n|---|---|\n{table}\n"
+        f"The last four were measured on {found['held_out_tokens']:,.0f} tokens of {options.held_out.name} "
+        f"({options.held_out.parent.name}), never trained on.\n"
+    )
 
 
 def loss(lm: LM, texts: list[list[int]], dictionary: SAEDictionary, how: str) -> float:

@@ -75,7 +75,7 @@ def main() -> None:
         for i, batch in progress.track(list(enumerate(batches)), description="write"):
             path = options.output / f"{i:05d}.jsonl"
             if not path.is_file():
-                texts = write(lm, batch, options.max_new_tokens, seed=i)
+                texts = [p + t for p, t in zip(batch, write(lm, batch, options.max_new_tokens, seed=i), strict=True)]
                 write_atomically(path, "".join(json.dumps({"text": t}) + "\n" for t in texts).encode())
 
 
@@ -92,8 +92,8 @@ def jobs(lm: LM, topics: list[str], per_topic: int, batch_size: int) -> list[lis
 
 
 @torch.inference_mode()
-def write(lm: LM, prompts: list[str], max_new_tokens: int, seed: int) -> list[str]:
-    """Prompts with their continuations at temperature 1. Leaner than ``generate``: rows that are done are dropped,
+def write(lm: LM, prompts: list[str], max_new_tokens: int, seed: int, temperature: float = 1.0) -> list[str]:
+    """The continuation of each prompt. Leaner than ``generate``: rows that are done are dropped,
     and a token is drawn by one uniform number from the cumulated distribution.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -104,7 +104,7 @@ def write(lm: LM, prompts: list[str], max_new_tokens: int, seed: int) -> list[st
     live, written = torch.arange(len(prompts)), [[] for _ in prompts]
     for _ in range(max_new_tokens):
         logits = forward(lm.model, ids, mask, cache=cache, keep=1).logits[:, -1]
-        drawn = draw(logits.float(), generator)
+        drawn = draw(logits.float() / temperature, generator)
         for row, token in zip(live.tolist(), drawn.tolist(), strict=True):
             written[row].append(token)
         going = torch.tensor([token not in lm.end_ids for token in drawn.tolist()])
@@ -115,7 +115,7 @@ def write(lm: LM, prompts: list[str], max_new_tokens: int, seed: int) -> list[st
             cache.batch_select_indices(kept)
             live, drawn, mask = live[going], drawn[kept], mask[kept]
         ids, mask = drawn[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-    return [prompt + lm.tokenizer.decode(tokens) for prompt, tokens in zip(prompts, written, strict=True)]
+    return [lm.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
 
 
 def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

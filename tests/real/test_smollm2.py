@@ -13,7 +13,7 @@ from concept_unlearn.errors import MissingExtra, ModelNotFound
 from concept_unlearn.features.stats import variance_explained
 from concept_unlearn.gates import Always, Gate, ProbeGate, SequenceGate, Signal, StreamingGate, TokenGate
 from concept_unlearn.lm import LM, Site
-from concept_unlearn.lm.embedded import fetch
+from concept_unlearn.lm.embedded import fetch, find_embedded
 from concept_unlearn.methods import Steer
 from concept_unlearn.patches import FeaturePatch
 
@@ -28,19 +28,20 @@ RETAIN = [
     "The soup was hot, so we waited a while.", "Rain fell on the hills all through the night.",
     "Paris is the capital and largest city of France.", "She learned to play the piano when she was six.",
 ]  # fmt: skip
-PROMPTS = ["In chess, the bishop and the queen both move", "The capital of France is", "Soup"]
+PROMPTS = ["In chess, the bishop", "Hot soup"]
+PHRASES = ["She plays chess", "The white bishop", "The white queen", "The black king", "Heavy rain", "A piano"]
 FEATURES = (0, 1, 2, 3)
 TOKENS = 8
 EDITS = {
     "zero": Zero(), "scale": Scale(by=-2.0), "clamp": Clamp(to=Relative(-1.5)), "dense_clamp": DenseClamp(to=-40.0),
-    "shift": Shift(by=Relative(-0.8)), "mean": Mean(values=(-20.0, 5.0, 0.0, -10.0)), "refuse": Refuse(to=Relative(2.0)),
+    "shift": Shift(by=Relative(-0.8)), "mean": Mean(values=(-20.0, 5.0, 0.0, -9.0)), "refuse": Refuse(to=Relative(4.0)),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def lm():
     try:
-        return LM.load("smollm2", dtype="float32", device="cpu")
+        find_embedded("smollm2")
     except ModelNotFound:
         try:
             fetch("smollm2")
@@ -61,10 +62,9 @@ def read(lm, text, site=SITE):
 
 @pytest.fixture(scope="module")
 def sae(lm):
-    """A JumpReLU SAE whose features each fire near one token of the text to forget, and not on sinks."""
-    forget, retain = (torch.cat([read(lm, t)[1:] for t in texts]) for texts in (FORGET, RETAIN))
-    picks = torch.randperm(len(forget), generator=torch.Generator().manual_seed(0))[:16]
-    near = forget[picks] - retain.mean(0)
+    """A JumpReLU SAE whose features each fire near the last token of a phrase, and not on sinks."""
+    retain = torch.cat([read(lm, text)[1:] for text in RETAIN])
+    near = torch.stack([read(lm, phrase)[-1] for phrase in PHRASES]) - retain.mean(0)
     rows = torch.nn.functional.normalize(near, dim=-1)
     made = make_sae("jumprelu", d_in=lm.d_model, d_sae=len(rows), hook_name=str(SITE), apply_b_dec_to_input=True)
     with torch.no_grad():
@@ -72,8 +72,8 @@ def sae(lm):
         made.W_dec.copy_(rows)
         made.b_dec.copy_(retain.mean(0))
         made.b_enc.zero_()
-        made.threshold.copy_(near.norm(dim=-1) / 3)
-    dictionary = SAEDictionary(made.float())
+        made.threshold.copy_(near.norm(dim=-1) / 2)
+    dictionary = SAEDictionary(made.to(dtype=torch.float32))
     dictionary.max_norm = 5 * float(retain.norm(dim=-1).median())
     return dictionary
 
@@ -85,18 +85,18 @@ def means(lm, scope):
 
 @pytest.fixture(scope="module")
 def gates(lm, sae, means):
-    """Every gate, its threshold in the middle of what the prompts give: some open it and some do not."""
+    """Every gate, its threshold half way between the prompts: the one about chess opens it, the other does not."""
     chosen, found = sae.slice(FEATURES), {}
     for gate in (Always(), TokenGate(), SequenceGate(above=0), StreamingGate(above=0), ProbeGate(above=0)):
         values = []
         for prompt in PROMPTS:
-            acts = (sensor(means) if gate.kind == "probe" else chosen).encode(read(lm, prompt)[None, 1:]).acts
-            tokens = torch.ones(acts.shape[:-1], dtype=torch.bool)
-            values.append(float(acts.amax() if gate.per_token else gate.statistic(Signal(acts, tokens, tokens))))
-        middle = (min(values) + max(values)) / 2
-        print(gate, values)
-        assert max(values) > min(values)
-        found[gate.kind] = gate if gate.kind == "always" else gate.model_copy(update={"above": middle})
+            x, reads = read(lm, prompt)[None], sensor(means) if gate.kind == "probe" else chosen
+            acts, tokens = reads.encode(x).acts, x.norm(dim=-1) <= reads.max_norm
+            values.append(
+                float(acts[tokens].amax() if gate.per_token else gate.statistic(Signal(acts, tokens, tokens)))
+            )
+        assert values[0] > values[1]
+        found[gate.kind] = gate if gate.kind == "always" else gate.model_copy(update={"above": sum(values) / 2})
     return found
 
 
@@ -115,11 +115,6 @@ def base(lm, encoded):
     return lm.generate_ids(encoded, max_new_tokens=TOKENS)
 
 
-@pytest.fixture(scope="module")
-def untouched(lm, encoded):
-    return lm.logits(torch.tensor([encoded[0]]))
-
-
 def patch_for(sae, means, edit, gate):
     return FeaturePatch(
         dictionary=sae, features=FEATURES, edit=edit, gate=gate, sensor=sensor(means) if gate.kind == "probe" else None
@@ -132,20 +127,71 @@ def test_these_tests_know_every_edit_and_every_gate(gates):
 
 
 @pytest.mark.parametrize("gate", sorted(Gate.members))
-@pytest.mark.parametrize("edit", sorted(EDITS))
+@pytest.mark.parametrize("edit", sorted(Edit.members))
 def test_however_it_is_run_the_patch_gives_the_same_tokens(lm, sae, means, gates, encoded, base, edit, gate):
-    """Cached, uncached, in a batch padded on the left, one by one."""
-    import time
-
-    patch = patch_for(sae, means, EDITS[edit], gates[gate])
-    with patch.on(lm):
-        t = time.time()
+    """Cached = uncached = in a batch padded on the left = one by one, and only text about chess is touched."""
+    with patch_for(sae, means, EDITS[edit], gates[gate]).on(lm):
         together = lm.generate_ids(encoded, max_new_tokens=TOKENS)
-        a = time.time()
         assert together == lm.generate_ids(encoded, max_new_tokens=TOKENS, use_cache=False)
-        b = time.time()
         assert together == lm.generate_ids(encoded, max_new_tokens=TOKENS, batch_size=1)
-        print(f"{a - t:.2f} {b - a:.2f} {time.time() - b:.2f}")
-    print([lm.tokenizer.decode(t) for t in base])
-    print([lm.tokenizer.decode(t) for t in together])
-    assert together != base
+    assert together[0] != base[0]
+    if gate in ("sequence", "probe"):  # decided on the prompt; the others may open on what is written
+        assert together[1] == base[1]
+
+
+@pytest.mark.parametrize("edit", [Zero(), Shift(by=-2.0)], ids=lambda e: e.kind)
+def test_a_direction_does_so_too_on_chat_and_plain_prompts(lm, means, edit):
+    """One batch of a rendered chat turn and bare text, lengths far apart."""
+    prompts = [lm.encode("Which chess piece is strongest?", chat=True), lm.encode(PROMPTS[0], chat=False)]
+    assert len(prompts[0]) > 4 * len(prompts[1])
+    base = lm.generate_ids(prompts, max_new_tokens=TOKENS)
+    with FeaturePatch(slices=(means,), edit=edit).on(lm):
+        together = lm.generate_ids(prompts, max_new_tokens=TOKENS)
+        assert together == lm.generate_ids(prompts, max_new_tokens=TOKENS, use_cache=False)
+        assert together == lm.generate_ids(prompts, max_new_tokens=TOKENS, batch_size=1)
+    assert all(after != before for after, before in zip(together, base, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gate", sorted(Gate.members))
+def test_taken_off_it_leaves_the_logits_bit_for_bit_as_they_were(lm, sae, means, gates, encoded, gate):
+    ids, patch = torch.tensor([encoded[0]]), patch_for(sae, means, EDITS["dense_clamp"], gates[gate])
+    before = lm.logits(ids)
+
+    def fail(x, _):
+        raise RuntimeError("in the middle of a pass")
+
+    with patch.on(lm):
+        assert not torch.allclose(lm.logits(ids), before)
+    assert torch.equal(lm.logits(ids), before)
+    with pytest.raises(RuntimeError, match="in the middle"), patch.on(lm), lm.edit({Site("resid_post", 20): fail}):
+        lm.logits(ids)
+    assert torch.equal(lm.logits(ids), before)
+    assert n_hooks(lm.model) == 0
+
+
+@torch.no_grad()
+def test_loaded_in_bfloat16_it_takes_a_float32_sae_and_feels_the_same_effect(lm, sae, means, gates, encoded):
+    low, ids = LM.load("smollm2", dtype="bfloat16", device="cpu"), torch.tensor([encoded[0]])
+    patch = patch_for(sae, means, EDITS["dense_clamp"], gates["probe"])
+    effects = []
+    for model in (lm, low):
+        before = model.logits(ids)
+        with patch.on(model):
+            after = model.logits(ids)
+            assert after.dtype == model.dtype
+        effects.append((after - before).float().flatten())
+        assert torch.equal(model.logits(ids), before)
+    assert low.fingerprint == lm.fingerprint
+    assert torch.cosine_similarity(*effects, dim=0) > 0.95
+
+
+NONE_SHIPPED = pytest.param("", marks=pytest.mark.skip(reason="no dictionary is shipped yet"))
+
+
+@pytest.mark.parametrize("name", [n for n in shipped() if n.startswith("smollm2/")] or [NONE_SHIPPED])
+def test_a_shipped_dictionary_explains_most_of_what_it_reads(lm, name):
+    dictionary = load_dictionary(name)
+    x = torch.cat([read(lm, text, dictionary.site) for text in (*FORGET, *RETAIN)])
+    x = x[x.norm(dim=-1) <= dictionary.max_norm]
+    assert variance_explained(x, dictionary.decode(dictionary.encode(x), x)) > 0.5
