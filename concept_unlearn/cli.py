@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from .errors import ConceptUnlearnError
 
@@ -201,9 +202,8 @@ def main() -> None:
     try:
         app()
     except ConceptUnlearnError as error:
-        Console(stderr=True).print(
-            f"[bold red]{type(error).__name__}[/bold red]: {error}", soft_wrap=True, highlight=False
-        )
+        line = Text.assemble((type(error).__name__, "bold red"), f": {error}")  # what was given may hold brackets
+        Console(stderr=True).print(line, soft_wrap=True, highlight=False)
         sys.exit(2)
 
 

@@ -70,6 +70,7 @@ def test_every_verb_has_help(verb):
     ("arguments", "says"),
     [
         (["run", "nothing.yaml"], "InvalidConfig: no config file nothing.yaml"),
+        (["run", "[/a] [b].yaml"], "InvalidConfig: no config file [/a] [b].yaml"),
         (["fetch", "smollm3"], "no embedded model named 'smollm3'; known: smollm2"),
         (["rank", "--scope", "chest", "--dictionary", "x"], "no concept named 'chest'; known: astronomy"),
     ],
