@@ -114,7 +114,7 @@ def _requires(member: type[Component]) -> bool:
 
 
 def _member_schema(member: type[Component]) -> JsonSchemaValue:
-    schema = member.model_json_schema()
+    schema: JsonSchemaValue = member.model_json_schema()
     schema = _inlined(schema, schema.pop("$defs", {}))
     schema["properties"] = {"kind": {"const": member.kind}, **schema.get("properties", {})}
     schema["required"] = ["kind", *schema.get("required", [])]

@@ -23,7 +23,8 @@ from .lm.context import Memory
 class Signal(NamedTuple):
     acts: Float[Tensor, "batch seq k"]
     tokens: Bool[Tensor, "batch seq"]
-    """True where the position holds content: no padding, no BOS, no sink."""
+    """True where the position holds content: no padding, no BOS, no sink; nor, for a gate that decides for whole
+    sequences, what every chat begins with."""
     prompt: Bool[Tensor, "batch seq"]
     """True where the position was given to the model rather than written by it."""
 

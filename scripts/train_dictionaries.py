@@ -115,12 +115,11 @@ def harvest(lm: LM, sites: list[Site], options: Any) -> None:
 
 def without_head(lm: LM, rows: Rows, texts: list[list[int]]) -> Rows:
     """Without the tokens that every chat begins with: their activations are the same each time."""
-    a, b = (lm.encode(word, chat=True) for word in ("sun", "moon"))
-    head = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    n_head = sum(token != lm.bos_id for token in a[:head])
+    head = lm.chat_head
+    n_head = sum(token != lm.bos_id for token in head)
     owners, counts = rows.sequence.unique_consecutive(return_counts=True)
     position = torch.cat([torch.arange(n) for n in counts.tolist()])
-    is_chat = torch.tensor([texts[i][:head] == a[:head] for i in owners.tolist()]).repeat_interleave(counts.cpu())
+    is_chat = torch.tensor([texts[i][: len(head)] == head for i in owners.tolist()]).repeat_interleave(counts.cpu())
     keep = (~is_chat | (position >= n_head)).to(rows.sequence.device)
     return Rows({site: x[keep] for site, x in rows.activations.items()}, rows.sequence[keep])
 

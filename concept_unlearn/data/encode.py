@@ -36,6 +36,18 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
     return ids
 
 
+def chat_head(tokenizer: Any) -> list[int]:
+    """What every chat prompt begins with whatever the user says: the template and its default system message."""
+    if not has_chat_template(tokenizer):
+        return []
+    return common_prefix(*(encode_prompt(tokenizer, word, chat=True) for word in ("sun", "moon")))
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> list[int]:
+    n = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return list(a[:n])
+
+
 def encode_text(tokenizer: Any, text: str, reply_to: str | None = None) -> list[int]:
     """A passage as the model would meet it: plain, or as the reply to a user's message."""
     if reply_to is None:

@@ -13,7 +13,7 @@ from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 from ..activations import stream
-from ..data.encode import encode_text, has_chat_template
+from ..data.encode import common_prefix, encode_text, has_chat_template
 from ..data.examples import Passage
 from ..data.scope import IN_SCOPE, OUT_OF_SCOPE, Scope
 from ..dictionaries import Slice, direction
@@ -36,6 +36,8 @@ class Fitted(NamedTuple):
 
 class Prompts(NamedTuple):
     ids: list[list[int]]
+    skip: list[int]
+    """Rows of each that a gate does not read: what every chat begins with."""
     in_scope: Bool[Tensor, " n"]
     near: Bool[Tensor, " n"]
     """Of the retained ones, those that neighbour the concept."""
@@ -56,7 +58,7 @@ def fit_gate(lm: LM, gate: Gate, sensor: Slice, scope: Scope, *, progress: Progr
     if isinstance(gate, ProbeGate):
         return _fit_probe(lm, gate, sensor.site, prompts, progress)
     kept = [i for i in range(len(prompts.ids)) if not prompts.in_scope[i]]
-    statistics, owners = _statistics(lm, gate, sensor, [prompts.ids[i] for i in kept], prompts.opens[kept], progress)
+    statistics, owners = _statistics(lm, gate, sensor, prompts, kept, progress)
     return Fitted(gate.fitted(_strictest(statistics, prompts.near[kept][owners], getattr(gate, "alpha", 0.0))), None)
 
 
@@ -77,7 +79,8 @@ def _prompts(lm: LM, scope: Scope) -> Prompts:
             in_scope, near = name == "forget", name == "near"
             add(_passage_ids(lm, passage), in_scope, near, passage.prompt is None)
     columns = torch.tensor(flags, dtype=torch.bool)
-    return Prompts(ids, columns[:, 0], columns[:, 1], columns[:, 2])
+    skip = [sum(token != lm.bos_id for token in common_prefix(row, lm.chat_head)) for row in ids]
+    return Prompts(ids, skip, columns[:, 0], columns[:, 1], columns[:, 2])
 
 
 def _passage_ids(lm: LM, passage: Passage) -> list[int]:
@@ -88,17 +91,17 @@ def _passage_ids(lm: LM, passage: Passage) -> list[int]:
 
 
 def _statistics(
-    lm: LM, gate: Gate, sensor: Slice, ids: Sequence[list[int]], opens: Tensor, progress: Progress | None
+    lm: LM, gate: Gate, sensor: Slice, prompts: Prompts, kept: Sequence[int], progress: Progress | None
 ) -> tuple[Float[Tensor, " views"], Int[Tensor, " views"]]:
     values, owners = [], []
     sensor = sensor.to(lm.device)
-    for rows in stream(lm, [sensor.site], ids, progress=progress):
+    for rows in stream(lm, [sensor.site], [prompts.ids[i] for i in kept], progress=progress):
         x = rows.activations[sensor.site]
         tokens = x.float().norm(dim=-1) <= sensor.max_norm
         acts = sensor.encode(x).acts
         for owner in rows.sequence.unique().tolist():
-            mine = rows.sequence == owner
-            for length in _lengths(int(mine.sum()), bool(opens[owner])):
+            mine = (rows.sequence == owner).nonzero()[prompts.skip[kept[owner]] :, 0]
+            for length in _lengths(len(mine), bool(prompts.opens[kept[owner]])):
                 a, t = acts[mine][None, :length], tokens[mine][None, :length]
                 values.append(gate.statistic(Signal(a, t, torch.ones_like(t))))
                 owners.append(owner)
@@ -138,7 +141,7 @@ def _pool(
     for rows in stream(lm, [site], prompts.ids, progress=progress):
         x = rows.activations[site].float().cpu()
         for owner in rows.sequence.unique().tolist():
-            held[owner] = x[(rows.sequence == owner).cpu()]
+            held[owner] = x[(rows.sequence == owner).cpu()][prompts.skip[owner] :]
     max_norm = _SINK * float(torch.cat([x.norm(dim=-1) for x in held.values()]).median())
     views, owners = [], []
     for owner, x in sorted(held.items()):

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextvars
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -82,14 +83,35 @@ class Context:
     prompt: Bool[Tensor, "batch seq"]
     """True where the position belongs to what the model was given, False where it is the model's answer."""
     memory: Memory
+    real: Bool[Tensor, "batch seq"]
+    """True where the position is no padding."""
+    ids: Int[Tensor, "batch seq"] | None
+    chat_head: Sequence[int]
+
+    @cached_property
+    def text(self) -> Bool[Tensor, "batch seq"]:
+        """Content without what every chat begins with, however the passes cut it: as far as a sequence agrees with
+        ``chat_head``.
+        """
+        if self.ids is None or not self.chat_head or self.memory.start:
+            return self.tokens
+        past = self.memory.rows.get("real", 0)
+        position = self.real.long().cumsum(1) - 1 + (past[:, None] if isinstance(past, Tensor) else past)
+        head = torch.tensor(list(self.chat_head), device=self.ids.device)
+        same = (self.ids == head[position.clamp(0, len(head) - 1)]) & (position < len(head))
+        agrees = (same | ~self.real).long().cummin(1).values.bool()
+        agrees &= ~self.memory.rows.get("strayed", torch.zeros_like(agrees[:, 0]))[:, None]
+        self.memory.add("real", self.real.sum(1))
+        self.memory.latch("strayed", ~agrees[:, -1])
+        return self.tokens & ~agrees
 
 
 class Follower:
     """Follows the passes of one model. ``context(x)`` describes the pass that is under way."""
 
-    def __init__(self, bos_id: int | None) -> None:
+    def __init__(self, bos_id: int | None, chat_head: Sequence[int] = ()) -> None:
         self.memory = Memory()
-        self._bos_id = bos_id
+        self._bos_id, self._chat_head = bos_id, chat_head
         self._mask: Tensor | None = None
         self._cache: Any = None
         self._start = 0
@@ -124,9 +146,10 @@ class Follower:
         batch, seq = x.shape[:2]
         start = self._start
         ids, self.ids = self._whole_ids(batch, seq), None
-        tokens = _real(self._mask, batch, seq, start, x.device)
+        tokens = real = _real(self._mask, batch, seq, start, x.device)
+        ids = None if ids is None else ids.to(x.device)
         if ids is not None and self._bos_id is not None:
-            tokens = tokens & (ids.to(x.device) != self._bos_id)
+            tokens = tokens & (ids != self._bos_id)
         if start == 0:
             prompt = self._begin_sequence(ids, batch, seq, x.device)
         else:
@@ -134,7 +157,7 @@ class Follower:
         self._length = start + seq
         if self._cache is not None and (self._known is None or self._known() is not self._cache):
             self._follow(self._cache)
-        return Context(tokens, prompt, self.memory)
+        return Context(tokens, prompt, self.memory, real, ids, self._chat_head)
 
     def _whole_ids(self, batch: int, seq: int) -> Int[Tensor, "batch seq"] | None:
         """A HookedTransformer that generates without a cache embeds the new token only."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -26,7 +26,9 @@ class Stopped(Exception):
 
 
 @contextmanager
-def editing(model: nn.Module, edits: Mapping[Site, EditFn], bos_id: int | None) -> Iterator[None]:
+def editing(
+    model: nn.Module, edits: Mapping[Site, EditFn], bos_id: int | None, chat_head: Sequence[int] = ()
+) -> Iterator[None]:
     """Every forward pass inside the block runs with the activations at these sites edited.
 
     An edit gets the activation ``[batch, seq, d]`` (heads flattened at ``hook_z``) and the pass's Context,
@@ -34,7 +36,7 @@ def editing(model: nn.Module, edits: Mapping[Site, EditFn], bos_id: int | None) 
     """
     places = {site: locate(model, site) for site in edits}
     _refuse_warm_compile(model)
-    follower = Follower(bos_id)
+    follower = Follower(bos_id, chat_head)
     with ExitStack() as stack:
         stack.callback(follower.close)
         for handle in _watch(model, follower):

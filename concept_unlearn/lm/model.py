@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..data.encode import encode_answer, encode_prompt, has_chat_template
+from ..data.encode import chat_head, encode_answer, encode_prompt, has_chat_template
 from ..errors import InvalidData, NonFinite
 from . import hooks
 from .fingerprint import fingerprint
@@ -94,6 +94,11 @@ class LM:
         return found if found is not None else getattr(config, "bos_token_id", None)
 
     @cached_property
+    def chat_head(self) -> list[int]:
+        """What every chat prompt begins with: it says nothing about the user's message, so no gate for prompts reads it."""
+        return [] if self._tokenizer is None else chat_head(self._tokenizer)
+
+    @cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.model)
 
@@ -109,7 +114,7 @@ class LM:
 
     def edit(self, edits: Mapping[Site, EditFn]) -> AbstractContextManager[None]:
         """Forward passes inside the block run with the activations at these sites edited."""
-        return hooks.editing(self.model, edits, self.bos_id)
+        return hooks.editing(self.model, edits, self.bos_id, self.chat_head)
 
     def read(self, *sites: Site) -> AbstractContextManager[dict[Site, Float[Tensor, "batch seq d"]]]:
         """The block's dict holds the last activation seen at each site."""

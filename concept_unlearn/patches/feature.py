@@ -139,7 +139,7 @@ class _Application:
 
     def _sense(self, sensor: Slice, x: Tensor, context: Context) -> None:
         check_width(sensor, x)
-        tokens = context.tokens & (x.float().norm(dim=-1) <= sensor.max_norm)
+        tokens = context.text & (x.float().norm(dim=-1) <= sensor.max_norm)
         signal = Signal(sensor.encode(x).acts, tokens, context.prompt)
         self._open = self._patch.gate(signal, context.memory)
 
@@ -152,7 +152,8 @@ class _Application:
         norm = x.float().norm(dim=-1, keepdim=True)
         tokens = context.tokens & (norm[..., 0] <= chosen.max_norm)
         if patch.gate.per_token or (self._sensor is None and i == 0):
-            self._open = patch.gate(Signal(acts, tokens, context.prompt), context.memory)
+            seen = tokens if patch.gate.per_token else tokens & context.text
+            self._open = patch.gate(Signal(acts, seen, context.prompt), context.memory)
         assert self._open is not None
         unit = norm / (acts.shape[-1] * self._row_norms[i].to(x.device))
         if scale is not None:
