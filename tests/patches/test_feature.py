@@ -56,7 +56,11 @@ def median(sae):
             mask = torch.ones_like(ids, dtype=torch.bool)
             x = lm.activations(ids, mask, Site("resid_post", 1))[Site("resid_post", 1)]
             acts = (sensor() if name.startswith("probe") else sae.slice(FEATURES)).encode(x).acts
-            values += acts.amax(-1).flatten().tolist() if gate.per_token else gate.statistic(Signal(acts, mask, mask)).tolist()
+            values += (
+                acts.amax(-1).flatten().tolist()
+                if gate.per_token
+                else gate.statistic(Signal(acts, mask, mask)).tolist()
+            )
         ordered = sorted(values)
         found[name] = (ordered[len(values) // 2 - 1] + ordered[len(values) // 2]) / 2
     return found
@@ -64,7 +68,11 @@ def median(sae):
 
 def patch_for(sae, edit, name, median):
     return FeaturePatch(
-        dictionary=sae, features=FEATURES, edit=edit, gate=gates(median)[name], sensor=sensor() if "probe" in name else None
+        dictionary=sae,
+        features=FEATURES,
+        edit=edit,
+        gate=gates(median)[name],
+        sensor=sensor() if "probe" in name else None,
     )
 
 
@@ -280,8 +288,12 @@ def test_nested_patches_unwind_in_any_order_and_after_errors(lm, ids):
 def test_several_sites_share_one_gate(lm, ids):
     """The gate decides at the shallowest site, before any edit, and holds at the deeper ones."""
     saes = [make_sae("standard", seed=i, hook_name=f"blocks.{i}.hook_resid_post") for i in (0, 1, 2)]
-    closed = FeaturePatch(dictionary=saes, features=[FEATURES] * 3, edit=DenseClamp(to=-2.0), gate=SequenceGate(above=1.0))
-    opened = FeaturePatch(dictionary=saes, features=[FEATURES] * 3, edit=DenseClamp(to=-2.0), gate=SequenceGate(above=0.0))
+    closed = FeaturePatch(
+        dictionary=saes, features=[FEATURES] * 3, edit=DenseClamp(to=-2.0), gate=SequenceGate(above=1.0)
+    )
+    opened = FeaturePatch(
+        dictionary=saes, features=[FEATURES] * 3, edit=DenseClamp(to=-2.0), gate=SequenceGate(above=0.0)
+    )
     base = lm.logits(ids)
     with closed.on(lm):
         assert torch.equal(lm.logits(ids), base)
@@ -387,7 +399,10 @@ class TestBadInput:
     def test_a_sensor_after_the_edit(self):
         with pytest.raises(InvalidConfig, match="computes after the edit"):
             FeaturePatch(
-                dictionary=make_sae("standard"), features=FEATURES, gate=ProbeGate(above=0.0), sensor=sensor("resid_post.2")
+                dictionary=make_sae("standard"),
+                features=FEATURES,
+                gate=ProbeGate(above=0.0),
+                sensor=sensor("resid_post.2"),
             )
 
     def test_a_negative_strength(self):

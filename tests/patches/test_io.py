@@ -34,7 +34,13 @@ def patches():
     whole, _ = make(kind="whole")
     probed = FeaturePatch(slices=columns.slices, edit=columns.edit, gate=ProbeGate(above=-100.0), sensor=sensor)
     gated = FeaturePatch(slices=columns.slices, edit=columns.edit, gate=SequenceGate(above=0.0))
-    return {"columns": columns, "whole": whole, "probed": probed, "gated": gated, "stack": Stack((columns, probed), 0.5)}
+    return {
+        "columns": columns,
+        "whole": whole,
+        "probed": probed,
+        "gated": gated,
+        "stack": Stack((columns, probed), 0.5),
+    }
 
 
 @pytest.mark.parametrize("name", list(patches()))
@@ -88,7 +94,9 @@ def test_the_same_base_in_another_dtype_or_wrapper_is_accepted(lm, tmp_path):
 def test_the_canary_notices_an_edit_that_no_longer_arrives(lm, tmp_path, monkeypatch):
     folder = make()[0].save(tmp_path / "patch", lm)
     layer = lm.model.model.layers[1]
-    monkeypatch.setattr(layer, "register_forward_hook", lambda *_, **__: layer.mlp.register_forward_hook(lambda *_: None))
+    monkeypatch.setattr(
+        layer, "register_forward_hook", lambda *_, **__: layer.mlp.register_forward_hook(lambda *_: None)
+    )
     with pytest.raises(PatchNotReached, match="misses"):
         load_patch(folder, lm)
 
