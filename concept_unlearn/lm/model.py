@@ -95,7 +95,7 @@ class LM:
 
     @cached_property
     def chat_head(self) -> list[int]:
-        """What every chat prompt begins with: it says nothing of the user's message, so no gate for prompts reads it."""
+        """What every chat prompt begins with: it says nothing of the user's message, so prompt gates skip it."""
         return [] if self._tokenizer is None else chat_head(self._tokenizer)
 
     @cached_property
