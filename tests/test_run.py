@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,6 +17,8 @@ from concept_unlearn.errors import InvalidConfig, SiteNotFound, UnknownName
 from concept_unlearn.lm import LM
 from concept_unlearn.patches import load_patch
 from concept_unlearn.run import Run, execute, load_run
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def config(workplace, output, **changes):
@@ -104,6 +107,12 @@ def test_a_change_of_what_matters_is_run_again(finished, workplace, tmp_path):
     execute(load_run(config(workplace, output), ["method.n=2"]))
     new = {p.name.rsplit("-", 1)[0] for p in set((output / "stages").iterdir()) - stages}
     assert new == {"patch-sae"}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_configs_that_come_with_the_project_are_valid(path):
+    assert path.read_text().startswith("# yaml-language-server: $schema=run.schema.json")
+    assert load_run(path).compare
 
 
 def test_a_patch_that_was_deleted_is_made_again(finished, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from conftest import D_MODEL, make_sae
 
 from concept_unlearn.dictionaries import load_dictionary, shipped
+from concept_unlearn.dictionaries.load import ASSETS
 from concept_unlearn.errors import CorruptArtifact, DictionaryMismatch, NotExact, SiteNotFound, UnknownName
 from concept_unlearn.lm import Site
 from concept_unlearn.methods import Suppress
@@ -49,15 +50,20 @@ def test_a_dictionary_that_names_no_site_needs_one(tmp_path):
     assert load_dictionary(tmp_path / "sae", site="resid_pre.2").site == Site("resid_pre", 2)
 
 
-NONE_SHIPPED = pytest.param("", marks=pytest.mark.skip(reason="no dictionary is shipped yet"))
-
-
-@pytest.mark.parametrize("name", shipped() or [NONE_SHIPPED])
+@pytest.mark.parametrize("name", shipped())
 def test_a_shipped_name_is_a_model_and_the_site_it_reads(name):
     found = load_dictionary(name)
     assert found.name == name
     assert str(found.site) == name.split("/")[1]
     assert found.encode(torch.randn(4, found.d_in)).shape == (4, found.n_features)
+    assert found.max_norm < float("inf")
+    card = (ASSETS / name / "README.md").read_text()
+    assert all(word in card for word in ("variance explained", "L0", "never fire", "loss recovered"))
+    assert sum(path.stat().st_size for path in (ASSETS / name).iterdir()) < 20e6
+
+
+def test_three_sites_are_shipped():
+    assert len({name.split("/")[1] for name in shipped()}) == 3
 
 
 @pytest.mark.parametrize(

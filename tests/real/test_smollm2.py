@@ -186,10 +186,7 @@ def test_loaded_in_bfloat16_it_takes_a_float32_sae_and_feels_the_same_effect(lm,
     assert torch.cosine_similarity(*effects, dim=0) > 0.95
 
 
-NONE_SHIPPED = pytest.param("", marks=pytest.mark.skip(reason="no dictionary is shipped yet"))
-
-
-@pytest.mark.parametrize("name", [n for n in shipped() if n.startswith("smollm2/")] or [NONE_SHIPPED])
+@pytest.mark.parametrize("name", [n for n in shipped() if n.startswith("smollm2/")])
 def test_a_shipped_dictionary_explains_most_of_what_it_reads(lm, name):
     dictionary = load_dictionary(name)
     x = torch.cat([read(lm, text, dictionary.site) for text in (*FORGET, *RETAIN)])
