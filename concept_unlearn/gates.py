@@ -19,6 +19,9 @@ from .component import Component
 from .errors import EmptyData, InvalidConfig
 from .lm.context import Memory
 
+_ROUNDING = 1e-9
+"""A sum that is taken in several passes may differ by so much from the same sum in one."""
+
 
 class Signal(NamedTuple):
     acts: Float[Tensor, "batch seq k"]
@@ -123,8 +126,9 @@ class StreamingGate(_Threshold):
         past = memory.history("cusum")
         level = self._cusum(signal, None if past is None or not past.shape[1] else past[:, -1:])
         memory.extend("cusum", level)
-        over = level > self.threshold()
-        before = (past > self.threshold()).any(-1) if past is not None else torch.zeros_like(over[:, 0])
+        threshold = self.threshold() + _ROUNDING
+        over = level > threshold
+        before = (past > threshold).any(-1) if past is not None else torch.zeros_like(over[:, 0])
         whole = before | (over & signal.prompt).any(-1)
         return whole[:, None] | over.cummax(-1).values
 
@@ -132,7 +136,7 @@ class StreamingGate(_Threshold):
         return self._cusum(signal, None).amax(-1)
 
     def _cusum(self, signal: Signal, start: Tensor | None) -> Float[Tensor, "batch seq"]:
-        step = torch.where(signal.tokens, _hot(signal).float() - self.drift, 0.0)
+        step = torch.where(signal.tokens, _hot(signal).double() - self.drift, 0.0)
         walk = step.cumsum(-1)
         floor = walk.cummin(-1).values
         lowest = floor.clamp(max=0) if start is None else torch.minimum(floor, -start)

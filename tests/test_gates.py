@@ -95,7 +95,7 @@ def cusum(hot, drift):
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=40), st.floats(0.05, 0.9))
 def test_the_streaming_level_is_the_cusum(hot, drift):
     found = StreamingGate(above=1.0, drift=drift)._cusum(signal(hot), None)[0]
-    torch.testing.assert_close(found, torch.tensor(cusum(hot, drift)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, torch.tensor(cusum(hot, drift), dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 @settings(deadline=None)
@@ -105,11 +105,22 @@ def test_a_streaming_gate_decides_the_same_in_steps(hot, data):
     width = data.draw(st.integers(1, len(hot)))
     gate = StreamingGate(above=0.7, drift=0.3)
     prompt = [i < width for i in range(len(hot))]
+    assert step_by_step(gate, hot, width) == decide(gate, hot, prompt=prompt)
+
+
+def test_a_level_on_the_threshold_is_not_over_it_however_it_was_summed():
+    hot = [0] * 7 + [1]
+    gate = StreamingGate(above=0.7, drift=0.3)
+    assert not any(step_by_step(gate, hot, 1))
+    assert not any(decide(gate, hot))
+
+
+def step_by_step(gate, hot, width):
     memory = Memory()
-    stepped = gate(signal(hot[:width]), memory)[0].tolist()
+    found = gate(signal(hot[:width]), memory)[0].tolist()
     for h in hot[width:]:
-        stepped += gate(signal([h], prompt=[0]), memory)[0].tolist()
-    assert stepped == decide(gate, hot, prompt=prompt)
+        found += gate(signal([h], prompt=[0]), memory)[0].tolist()
+    return found
 
 
 def test_filler_dilutes_the_share_and_not_the_stream():
