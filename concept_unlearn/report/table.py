@@ -10,7 +10,6 @@ from .report import Report
 from .words import COLUMNS, LINES, interval, shown
 
 _EXAMPLES = 3
-_WIDTH = 110
 
 
 def render(report: Report) -> RenderableType:
@@ -66,7 +65,7 @@ def _compared(report: Report) -> Table:
 
 
 def _examples(report: Report) -> Table:
-    table = Table(title="Before and after", title_justify="left", show_lines=True, width=_WIDTH)
+    table = Table(title="Before and after", title_justify="left", show_lines=True, expand=True)
     table.add_column("prompt", ratio=3)
     table.add_column("before", ratio=4)
     table.add_column("after", ratio=4)
