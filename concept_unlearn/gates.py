@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,8 +19,10 @@ from .component import Component
 from .errors import EmptyData, InvalidConfig
 from .lm.context import Memory
 
+SOFTNESS = 8.0
+"""Temperature of the soft maximum, in nats of a token's log-odds."""
 _ROUNDING = 1e-9
-"""A sum that is taken in several passes may differ by so much from the same sum in one."""
+"""A sum that is taken in several passes may differ by so much from the same sum in one, relative to 1 or to it."""
 
 
 class Signal(NamedTuple):
@@ -47,7 +49,7 @@ class Gate(Component, family=True):
         """What a sequence gate compares with its threshold, for whole sequences."""
         raise InvalidConfig(f"{self.kind} has no threshold to fit")
 
-    def fitted(self, retain: Float[Tensor, " n"]) -> Gate:
+    def fitted(self, retain: Float[Tensor, " n"]) -> Self:
         """The gate with its threshold set from the statistics of retained sequences, unless it was given."""
         return self
 
@@ -84,15 +86,16 @@ class _Threshold(Gate):
     alpha: float = 0.05
     """Share of retained sequences that may open the gate."""
 
-    def fitted(self, retain: Tensor) -> Gate:
+    def fitted(self, retain: Tensor) -> Self:
         if self.above is not None:
             return self
         return self.model_copy(update={"above": conformal_threshold(retain, self.alpha)})
 
     def threshold(self) -> float:
+        """What must be exceeded by more than rounding: a text that set the threshold does not open the gate."""
         if self.above is None:
             raise InvalidConfig(f"{self.kind} has no threshold yet: give above=..., or fit it on retained text")
-        return self.above
+        return self.above + _ROUNDING * max(1.0, abs(self.above))
 
 
 class SequenceGate(_Threshold):
@@ -105,11 +108,11 @@ class SequenceGate(_Threshold):
     def __call__(self, signal: Signal, memory: Memory) -> Tensor:
         read = signal.tokens & signal.prompt
         hot = memory.add("hot", (_hot(signal) & read).sum(-1))
-        seen = memory.add("seen", read.sum(-1))
+        seen = memory.add("seen", read.sum(-1).double())
         return _hold(memory.latch("open", hot > self.threshold() * seen), signal)
 
     def statistic(self, signal: Signal) -> Tensor:
-        return (_hot(signal) & signal.tokens).sum(-1) / signal.tokens.sum(-1).clamp(min=1)
+        return (_hot(signal) & signal.tokens).sum(-1).double() / signal.tokens.sum(-1).clamp(min=1)
 
 
 class StreamingGate(_Threshold):
@@ -126,7 +129,7 @@ class StreamingGate(_Threshold):
         past = memory.history("cusum")
         level = self._cusum(signal, None if past is None or not past.shape[1] else past[:, -1:])
         memory.extend("cusum", level)
-        threshold = self.threshold() + _ROUNDING
+        threshold = self.threshold()
         over = level > threshold
         before = (past > threshold).any(-1) if past is not None else torch.zeros_like(over[:, 0])
         whole = before | (over & signal.prompt).any(-1)
@@ -146,27 +149,34 @@ class StreamingGate(_Threshold):
 class ProbeGate(_Threshold):
     """Sequences whose pooled probe score exceeds ``above``; the sensor is a linear probe on the residual.
 
-    Neighbouring concepts fire the same features, so counting hits confuses them; a probe does not.
+    Neighbouring concepts fire the same features, so counting hits confuses them; a probe does not. ``soft`` is
+    t log mean exp(score / t), t = 8: between the mean, which a long question dilutes, and the maximum, which a
+    single odd token decides.
     """
 
-    alpha: float = 0.02
-    pool: Literal["mean", "max"] = "mean"
+    pool: Literal["soft", "mean", "max"] = "soft"
 
     def __call__(self, signal: Signal, memory: Memory) -> Tensor:
         read = signal.tokens & signal.prompt
-        score = signal.acts[..., 0]
+        score, threshold = signal.acts[..., 0].double(), self.threshold()
         if self.pool == "max":
             peak = torch.where(read, score, -torch.inf).amax(-1)
-            return _hold(memory.latch("open", peak > self.threshold()), signal)
+            return _hold(memory.latch("open", peak > threshold), signal)
+        if self.pool == "soft":
+            score, threshold = (score / SOFTNESS).exp(), math.exp(threshold / SOFTNESS)
         total = memory.add("total", torch.where(read, score, 0.0).sum(-1))
-        seen = memory.add("seen", read.sum(-1))
-        return _hold(memory.latch("open", (seen > 0) & (total > self.threshold() * seen)), signal)
+        seen = memory.add("seen", read.sum(-1).double())
+        return _hold(memory.latch("open", (seen > 0) & (total > threshold * seen)), signal)
 
     def statistic(self, signal: Signal) -> Tensor:
-        score = signal.acts[..., 0]
+        score = signal.acts[..., 0].double()
         if self.pool == "max":
             return torch.where(signal.tokens, score, -torch.inf).amax(-1)
-        return torch.where(signal.tokens, score, 0.0).sum(-1) / signal.tokens.sum(-1).clamp(min=1)
+        seen = signal.tokens.sum(-1).clamp(min=1).double()
+        if self.pool == "mean":
+            return torch.where(signal.tokens, score, 0.0).sum(-1) / seen
+        powers = torch.where(signal.tokens, score / SOFTNESS, -torch.inf)
+        return SOFTNESS * (powers.logsumexp(-1) - seen.log())
 
 
 def conformal_threshold(retain: Float[Tensor, " n"], alpha: float) -> float:
@@ -176,7 +186,7 @@ def conformal_threshold(retain: Float[Tensor, " n"], alpha: float) -> float:
     if not len(retain):
         raise EmptyData("a gate's threshold needs at least one retained sequence")
     rank = min(math.ceil((len(retain) + 1) * (1 - alpha)), len(retain))
-    return float(retain.float().sort().values[rank - 1])
+    return float(retain.double().sort().values[rank - 1])
 
 
 def _hot(signal: Signal) -> Bool[Tensor, "batch seq"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,12 +57,14 @@ def test_padding_is_no_token():
     padded = [1, 1, 1, *HOT]
     tokens = [0, 0, 0, *[1] * 8]
     assert decide(SequenceGate(above=0.5), padded, tokens=tokens) == [False] * 11
-    assert decide(ProbeGate(above=0.5), padded, tokens=tokens) == [False] * 11
+    for pool in ("soft", "mean"):
+        gate = ProbeGate(pool=pool).fitted(ProbeGate(pool=pool).statistic(signal(HOT)))
+        assert decide(gate, padded, tokens=tokens) == [False] * 11
     assert decide(ProbeGate(above=0.9, pool="max"), [5, 0, 0], tokens=[0, 1, 1]) == [False] * 3
 
 
 @pytest.mark.parametrize(
-    "gate", [SequenceGate(above=0.3), ProbeGate(above=0.3), ProbeGate(above=0.9, pool="max")], ids=repr
+    "gate", [SequenceGate(above=0.3), *(ProbeGate(above=0.3, pool=pool) for pool in ("soft", "mean", "max"))], ids=repr
 )
 def test_a_decision_is_made_on_the_prompt_and_held(gate):
     memory = Memory()
@@ -70,6 +74,23 @@ def test_a_decision_is_made_on_the_prompt_and_held(gate):
     memory = Memory()
     assert not gate(signal([0, 0]), memory).any()
     assert not any(gate(signal([1], prompt=[0]), memory).any() for _ in range(20))
+
+
+def test_the_soft_pool_lies_between_the_mean_and_the_maximum_and_moves_with_the_score():
+    scores = [-40.0, 3.0, 9.5, -2.0]
+    mean, soft, highest = (float(ProbeGate(pool=p).statistic(signal(scores))) for p in ("mean", "soft", "max"))
+    assert mean < soft < highest
+    assert float(ProbeGate().statistic(signal([s + 5 for s in scores]))) == pytest.approx(soft + 5)
+    assert float(ProbeGate().statistic(signal([s / 1e4 for s in scores]))) == pytest.approx(mean / 1e4, rel=1e-2)
+    assert float(ProbeGate().statistic(signal([s * 1e4 for s in scores]))) == pytest.approx(highest * 1e4, rel=1e-2)
+    assert soft == pytest.approx(8 * math.log(sum(math.exp(s / 8) for s in scores) / 4))
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40))
+def test_a_text_that_set_the_threshold_does_not_open_the_gate(scores):
+    for empty in (SequenceGate(), StreamingGate(), ProbeGate(), ProbeGate(pool="mean"), ProbeGate(pool="max")):
+        assert not any(decide(empty.fitted(empty.statistic(signal(scores))), scores))
 
 
 def test_more_prompt_may_open_a_gate_and_never_close_it():
@@ -130,7 +151,7 @@ def test_filler_dilutes_the_share_and_not_the_stream():
         assert not any(decide(SequenceGate(above=0.05), attacked))
         assert all(decide(StreamingGate(above=3.0), attacked))
         assert all(decide(ProbeGate(above=0.5, pool="max"), attacked))
-        assert not any(decide(ProbeGate(above=0.5), attacked))
+        assert not any(decide(ProbeGate(above=0.5, pool="mean"), attacked))
     assert not any(decide(StreamingGate(above=3.0), [1, 0, 0, 0, 0] * 200))
 
 
