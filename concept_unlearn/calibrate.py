@@ -8,14 +8,14 @@ refined only next to the first strength that keeps it; plain bisection would mis
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from .data.scope import Scope
+from .data.scope import IN_SCOPE, Scope
 from .errors import EmptyData, InvalidConfig
-from .evaluation.concept import perplexity_ratio, read_texts
-from .evaluation.probes import answered
+from .evaluation.concept import TextRow, perplexity_ratio, read_texts
+from .evaluation.fluency import is_gibberish, surprises
+from .evaluation.probes import Reply, replies
 from .lm import LM
 from .patches import Patch
 
@@ -36,51 +36,74 @@ class Calibration(NamedTuple):
     """Every (strength, utility) that was tried, in order of strength."""
 
 
-@dataclass(frozen=True)
 class RetainedUtility:
-    """How much of what must be kept a strength keeps: 1 or more means all that was asked.
+    """How much of what must be kept a patch keeps: 1 or more means all that was asked.
 
-    The smaller of (share of the base's accuracy on neighbouring probes / keep) and (max_perplexity / growth of
-    perplexity on general text). Without neighbouring probes, general ones serve.
+    The smallest of (max_perplexity / growth of perplexity on general text), (share of the base's accuracy on
+    neighbouring probes / keep) and (share of fluent replies in scope / the least that is allowed). Without
+    neighbouring probes, general ones serve. The base is observed once, when this is made, for any number of
+    patches. A patch that fails one is not asked the next: below 1 the value is an upper bound.
     """
 
-    lm: LM
-    patch: Patch
-    scope: Scope
-    keep: float = 0.98
-    max_perplexity: float = 1.01
-    max_probes: int | None = None
-    max_passages: int = 24
-    max_tokens: int = 96
-    progress: Progress | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise InvalidConfig(f"keep is a share of the base's accuracy, above 0 and at most 1; given: {self.keep}")
-        if self.max_perplexity < 1:
-            raise InvalidConfig(f"max_perplexity is a ratio to the base's, at least 1; given: {self.max_perplexity}")
-        if not self._probes:
-            raise EmptyData(f"scope {self.scope.name!r} has no out_near or out_far probe to keep")
-        base_right = self._right()
-        if not base_right:
+    def __init__(
+        self,
+        lm: LM,
+        scope: Scope,
+        *,
+        keep: float = 0.98,
+        max_perplexity: float = 1.01,
+        max_gibberish: float = 0.05,
+        max_probes: int | None = None,
+        max_passages: int = 24,
+        max_tokens: int = 96,
+        progress: Progress | None = None,
+    ) -> None:
+        """``max_gibberish`` is how much the share of gibberish among replies in scope may grow; ``max_probes`` of
+        each kind are asked, and the first ``max_tokens`` of ``max_passages`` read.
+        """
+        if not 0 < keep <= 1:
+            raise InvalidConfig(f"keep is a share of the base's accuracy, above 0 and at most 1; given: {keep}")
+        if max_perplexity < 1:
+            raise InvalidConfig(f"max_perplexity is a ratio to the base's, at least 1; given: {max_perplexity}")
+        if max_gibberish < 0:
+            raise InvalidConfig(f"max_gibberish is an added share of replies, at least 0; given: {max_gibberish}")
+        self._lm, self._keep, self._max_perplexity, self._max_tokens = lm, keep, max_perplexity, max_tokens
+        self._kept = (scope.out_near or scope.out_far)[:max_probes]
+        self._asked = [probe for name in IN_SCOPE for probe in getattr(scope, name)[:max_probes]]
+        self._passages = scope.retain[:max_passages]
+        if not self._kept:
+            raise EmptyData(f"scope {scope.name!r} has no out_near or out_far probe to keep")
+        self.progress = progress
+        self._base_texts, self._base_right = self._texts(), self._right()
+        self._least_fluent = self._fluent(self._asked_replies()) - max_gibberish
+        if not self._base_right:
             raise EmptyData("the base model answers no retained probe correctly: there is nothing to keep")
-        object.__setattr__(self, "_base", (base_right, self._texts()))
 
-    def __call__(self, strength: float) -> float:
-        right_base, texts_base = self._base  # type: ignore[attr-defined]
-        with self.patch.at(strength).on(self.lm):
-            texts, right = self._texts(), self._right()
-        return float(min(right / right_base / self.keep, self.max_perplexity / perplexity_ratio(texts_base, texts)))
-
-    @property
-    def _probes(self) -> Any:
-        return (self.scope.out_near or self.scope.out_far)[: self.max_probes]
+    def __call__(self, patch: Patch) -> float:
+        with patch.on(self._lm):
+            found = self._max_perplexity / perplexity_ratio(self._base_texts, self._texts())
+            if found < 1:
+                return found
+            found = min(found, self._right() / self._base_right / self._keep)
+            if found < 1 or self._least_fluent <= 0:
+                return found
+            written = self._asked_replies()
+        return min(found, self._fluent(written) / self._least_fluent)
 
     def _right(self) -> int:
-        return sum(answered(self.lm, self._probes, progress=self.progress))
+        return sum(reply.right for reply in replies(self._lm, self._kept, progress=self.progress))
 
-    def _texts(self) -> Any:
-        return read_texts(self.lm, self.scope.retain[: self.max_passages], self.max_tokens, progress=self.progress)
+    def _texts(self) -> Sequence[TextRow]:
+        return read_texts(self._lm, self._passages, self._max_tokens, progress=self.progress)
+
+    def _asked_replies(self) -> list[Reply]:
+        return replies(self._lm, self._asked, progress=self.progress)
+
+    def _fluent(self, written: Sequence[Reply]) -> float:
+        """Share of replies that are no gibberish to the untouched model; 0 if nothing was asked."""
+        surprise = surprises(self._lm, [reply.prompt for reply in written], [reply.ids for reply in written])
+        fluent = [not is_gibberish(reply.ids, s) for reply, s in zip(written, surprise, strict=True)]
+        return sum(fluent) / max(len(fluent), 1)
 
 
 def calibrate(
@@ -90,18 +113,19 @@ def calibrate(
     *,
     keep: float = 0.98,
     max_perplexity: float = 1.01,
+    max_gibberish: float = 0.05,
     grid: int = 21,
     tolerance: float = 0.005,
     progress: Progress | None = None,
 ) -> Patch:
-    """The patch at the largest strength up to 1 that keeps the share ``keep`` of the neighbouring probes' accuracy
-    and general perplexity within ``max_perplexity`` times the base's, with its origin. ``find_strength`` says more.
+    """The patch, with its origin, at the largest strength up to 1 that keeps the share ``keep`` of the neighbouring
+    probes' accuracy, general perplexity within ``max_perplexity`` times the base's, and replies in scope fluent but
+    for ``max_gibberish`` more of them than the base's. ``find_strength`` says more.
     """
-    found = find_strength(
-        RetainedUtility(lm, patch, scope, keep, max_perplexity, progress=progress),
-        grid=grid,
-        tolerance=tolerance,
+    utility = RetainedUtility(
+        lm, scope, keep=keep, max_perplexity=max_perplexity, max_gibberish=max_gibberish, progress=progress
     )
+    found = find_strength(lambda strength: utility(patch.at(strength)), grid=grid, tolerance=tolerance)
     if found.strength == 0:
         warnings.warn(
             f"no strength of this patch keeps what was asked: best reachable is off; tried {found.curve}", stacklevel=2

@@ -68,16 +68,20 @@ def unlearn(
     gate: Spec = "always",
     keep: Annotated[float, typer.Option(help="Share of neighbouring accuracy that must stay.")] = 0.98,
     max_perplexity: Annotated[float, typer.Option(help="How much general perplexity may grow, as a factor.")] = 1.01,
+    max_gibberish: Annotated[float, typer.Option(help="How many more replies in scope may be gibberish.")] = 0.05,
     grid: Annotated[int, typer.Option(help="Strengths to try from 0 to 1.")] = 11,
 ) -> None:
-    """Make a calibrated patch from features of a dictionary and save it."""
+    """Make a calibrated patch from features of a dictionary and save it.
+
+    It is made from one half of the scope, so that ``evaluate`` can report on the other.
+    """
     from .calibrate import calibrate
     from .data.scope import Scope
     from .lm import LM
     from .methods import Suppress
 
     with _quiet(), _bars() as track:
-        lm, loaded = LM.load(model), Scope.load(scope)
+        lm, tune = LM.load(model), Scope.load(scope).halves().tune
         method = Suppress.parse(
             {
                 "kind": "suppress", "dictionaries": tuple(dictionary), "n": n, "score": yaml.safe_load(score),
@@ -85,9 +89,12 @@ def unlearn(
             }
         )  # fmt: skip
         with track("measure and select features", None) as progress:
-            patch = method(lm, loaded, progress=progress)
+            patch = method(lm, tune, progress=progress)
         with track("calibrate", None) as progress:
-            patch = calibrate(lm, patch, loaded, keep=keep, max_perplexity=max_perplexity, grid=grid, progress=progress)
+            patch = calibrate(
+                lm, patch, tune, keep=keep, max_perplexity=max_perplexity, max_gibberish=max_gibberish, grid=grid,
+                progress=progress,
+            )  # fmt: skip
         patch.save(output)
     console.print(f"{output}: strength {patch.strength:.3g}, {patch.n_bytes / 1024:.0f} KB")
 

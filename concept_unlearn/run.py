@@ -53,6 +53,8 @@ class CalibrationSpec(Frozen):
     """Share of the neighbouring probes' accuracy that must stay."""
     max_perplexity: float = 1.01
     """How much general perplexity may grow, as a factor."""
+    max_gibberish: float = 0.05
+    """How much the share of gibberish among replies in scope may grow."""
     grid: int = 21
     tolerance: float = 0.005
     max_probes: int | None = None
@@ -192,12 +194,19 @@ class _Execution:
         spec = self.run.calibration
         if spec is None:
             return None
-        with self.track(f"calibrate {name}", None) as progress:
-            utility = RetainedUtility(
-                self.lm, patch, self.tune, spec.keep, spec.max_perplexity,
-                max_probes=spec.max_probes, max_passages=spec.max_passages, progress=progress,
-            )  # fmt: skip
-            return find_strength(utility, grid=spec.grid, tolerance=spec.tolerance)
+        utility = self.utility
+        with self.track(f"calibrate {name}", None) as utility.progress:
+            return find_strength(lambda s: utility(patch.at(s)), grid=spec.grid, tolerance=spec.tolerance)
+
+    @cached_property
+    def utility(self) -> RetainedUtility:
+        """What is to be kept, and how much of it the untouched model has: the same for every method."""
+        spec = self.run.calibration
+        assert spec is not None
+        with self.track("observe what must be kept", None) as progress:
+            return RetainedUtility(
+                self.lm, self.tune, progress=progress, **spec.model_dump(exclude={"grid", "tolerance"})
+            )
 
     def _stage(self, name: str, kind: type[T], what: Any, make: Callable[[], T], needs: Path | None = None) -> T:
         """``make()``, or what it made when the same was asked before, if what it ``needs`` is still there."""

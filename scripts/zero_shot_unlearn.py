@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--gate", help="when it is done, by name or as YAML")
     parser.add_argument("--keep", type=float, default=0.98, help="share of neighbouring accuracy that must stay")
     parser.add_argument("--max-perplexity", type=float, default=1.01, help="how much general perplexity may grow")
+    parser.add_argument("--max-gibberish", type=float, default=0.05, help="growth of gibberish replies, as a share")
     parser.add_argument("--grid", type=int, default=11, help="strengths to try from 0 to 1")
     parser.add_argument("--output", type=Path, help="folder for the patch and the report")
     options = parser.parse_args()
@@ -58,8 +59,8 @@ def main() -> None:
 
         patch = method(lm, tune, progress=stage("measure and select"))
         patch = calibrate(
-            lm, patch, tune, keep=options.keep, max_perplexity=options.max_perplexity, grid=options.grid,
-            progress=stage("calibrate"),
+            lm, patch, tune, keep=options.keep, max_perplexity=options.max_perplexity,
+            max_gibberish=options.max_gibberish, grid=options.grid, progress=stage("calibrate"),
         )  # fmt: skip
         report = compare(lm, {"sae": patch}, benchmark, progress=stage("evaluate", 2 * benchmark.n_steps))
     Console().print(report.table())

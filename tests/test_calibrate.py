@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+
 import pytest
 from conftest import make_sae, words
 
 from concept_unlearn.calibrate import RetainedUtility, calibrate, find_strength
+from concept_unlearn.data.examples import Probe
 from concept_unlearn.data.scope import Scope
 from concept_unlearn.edits import DenseClamp
 from concept_unlearn.errors import EmptyData, InvalidConfig
+from concept_unlearn.evaluation.probes import replies
 from concept_unlearn.patches import FeaturePatch
 
 
@@ -65,18 +70,39 @@ def patch():
 
 
 def test_utility_is_one_over_what_was_asked_when_off(lm, scope, patch):
-    utility = RetainedUtility(lm, patch, scope, keep=0.9, max_perplexity=1.2)
-    assert utility(0.0) == pytest.approx(min(1 / 0.9, 1.2))
-    assert utility(1.0) < 1
+    utility = RetainedUtility(lm, scope, keep=0.9, max_perplexity=1.2)
+    assert utility(patch.at(0)) == pytest.approx(min(1 / 0.9, 1.2))
+    assert utility(patch) < 1
 
 
 def test_a_calibrated_patch_keeps_what_was_asked_and_knows_its_model(lm, scope, patch):
     found = calibrate(lm, patch, scope, keep=0.9, max_perplexity=1.5, grid=6, tolerance=0.02)
     assert 0 < found.strength < 1
-    utility = RetainedUtility(lm, patch, scope, keep=0.9, max_perplexity=1.5)
-    assert utility(found.strength) >= 1
+    assert RetainedUtility(lm, scope, keep=0.9, max_perplexity=1.5)(found) >= 1
     assert found.origin is not None
     assert found.origin.fingerprint == lm.fingerprint
+
+
+def test_replies_in_scope_must_stay_fluent(lm, scope, patch, monkeypatch):
+    """What is gibberish is another's test: here every reply that the patch changed counts as such."""
+    asked = replace(scope, in_easy=[Probe(prompt=words(i, i + 1), answers=("never",)) for i in range(30, 50)])
+    before = {tuple(reply.ids) for reply in replies(lm, asked.in_easy)}
+    monkeypatch.setattr(
+        sys.modules["concept_unlearn.calibrate"], "is_gibberish", lambda ids, _: tuple(ids) not in before
+    )
+    with patch.on(lm):
+        changed = sum(tuple(reply.ids) not in before for reply in replies(lm, asked.in_easy)) / 20
+    assert 0 < changed < 1
+    lenient = RetainedUtility(lm, asked, keep=0.01, max_perplexity=1e9, max_gibberish=0.5)
+    assert lenient(patch) == pytest.approx((1 - changed) / 0.5)
+    assert RetainedUtility(lm, asked, keep=0.01, max_perplexity=1e9, max_gibberish=0)(patch) < 1
+
+
+def test_one_observation_of_the_base_serves_every_patch(lm, scope, patch):
+    shared = RetainedUtility(lm, scope, keep=0.9, max_perplexity=1.2)
+    for strength in (1.0, 0.1):
+        alone = RetainedUtility(lm, scope, keep=0.9, max_perplexity=1.2)
+        assert shared(patch.at(strength)) == alone(patch.at(strength))
 
 
 def test_a_patch_that_cannot_keep_it_is_off_and_warned_of(lm, scope, patch):
@@ -85,18 +111,18 @@ def test_a_patch_that_cannot_keep_it_is_off_and_warned_of(lm, scope, patch):
     assert found.strength == 0
 
 
-@pytest.mark.parametrize("settings", [{"keep": 0.0}, {"keep": 1.1}, {"max_perplexity": 0.9}])
-def test_targets_out_of_range_are_refused(lm, scope, patch, settings):
+@pytest.mark.parametrize("settings", [{"keep": 0.0}, {"keep": 1.1}, {"max_perplexity": 0.9}, {"max_gibberish": -0.1}])
+def test_targets_out_of_range_are_refused(lm, scope, settings):
     with pytest.raises(InvalidConfig, match="given: "):
-        RetainedUtility(lm, patch, scope, **settings)
+        RetainedUtility(lm, scope, **settings)
 
 
-def test_nothing_to_keep_is_said(lm, patch):
+def test_nothing_to_keep_is_said(lm):
     scope = Scope.of("tiny", forget=[words(40, 41)], retain=[words(7, 8, 9)], out_far=[])
     with pytest.raises(EmptyData, match="no out_near or out_far probe"):
-        RetainedUtility(lm, patch, scope)
+        RetainedUtility(lm, scope)
     wrong = Scope.of(
         "t", forget=[words(40)], retain=[words(7, 8)], out_near=[{"prompt": words(7), "answers": "never"}], out_far=[]
     )
     with pytest.raises(EmptyData, match="answers no retained probe"):
-        RetainedUtility(lm, patch, wrong)
+        RetainedUtility(lm, wrong)

@@ -18,7 +18,7 @@ from ..errors import EmptyData
 from ..lm import LM
 from ..patches import Patch
 from .bootstrap import Estimate, estimate
-from .fluency import MAX_SURPRISE
+from .fluency import is_gibberish, surprises
 from .probes import ProbeRow, probe_rows
 
 Progress = Callable[[int], None]
@@ -158,13 +158,7 @@ def _perplexity(base: Sequence[TextRow], patched: Sequence[TextRow]) -> dict[str
 
 def _surprise(lm: LM, rows: Sequence[ProbeRow], batch_size: int, progress: Progress | None) -> tuple[float | None, ...]:
     prompts = [lm.encode(row.prompt, chat=row.chat) for row in rows]
-    written = [i for i, row in enumerate(rows) if row.generated_ids]
-    scored = lm.score(
-        [prompts[i] for i in written], [[list(rows[i].generated_ids)] for i in written], batch_size=batch_size
-    )
-    found: list[float | None] = [None] * len(rows)
-    for i, (score,) in zip(written, scored, strict=True):
-        found[i] = -float(score.logprobs.mean())
+    found = surprises(lm, prompts, [row.generated_ids for row in rows], batch_size=batch_size)
     if progress:
         progress(len(rows))
     return tuple(found)
@@ -172,7 +166,7 @@ def _surprise(lm: LM, rows: Sequence[ProbeRow], batch_size: int, progress: Progr
 
 def _gibberish(rows: Rows, sets: Sequence[str]) -> list[float]:
     return [
-        float(row.repetitive or surprise is None or surprise > MAX_SURPRISE)
+        float(is_gibberish(row.generated_ids, surprise))
         for name in sets
         if name in rows.probes
         for row, surprise in zip(rows.probes[name], rows.surprise[name], strict=True)

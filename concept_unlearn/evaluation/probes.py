@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from ..component import Frozen
 from ..data.encode import encode_answer, has_chat_template
@@ -67,13 +68,20 @@ def probe_rows(
     return rows
 
 
-def answered(lm: LM, probes: Sequence[Probe], *, batch_size: int = 32, progress: Progress | None = None) -> list[bool]:
-    """``generated_right`` of ``probe_rows``, for whoever needs nothing else. ``progress`` hears of each probe."""
+class Reply(NamedTuple):
+    prompt: list[int]
+    ids: list[int]
+    right: bool
+    """``generated_right`` of a ``ProbeRow``."""
+
+
+def replies(lm: LM, probes: Sequence[Probe], *, batch_size: int = 32, progress: Progress | None = None) -> list[Reply]:
+    """What the model writes, for whoever needs nothing else. ``progress`` hears of each probe."""
     chat, prompts = _prompts(lm, probes)
-    replies = _replies(lm, prompts, chat, batch_size, progress)
+    written = _replies(lm, prompts, chat, batch_size, progress)
     return [
-        probe.answered_by(lm.tokenizer.decode(reply, skip_special_tokens=True))
-        for probe, reply in zip(probes, replies, strict=True)
+        Reply(prompt, ids, probe.answered_by(lm.tokenizer.decode(ids, skip_special_tokens=True)))
+        for probe, prompt, ids in zip(probes, prompts, written, strict=True)
     ]
 
 
