@@ -150,7 +150,7 @@ def rank(
         with track("measure features", n_passages) as progress:
             stats = measure(lm, features, loaded, progress=progress)
     values = chosen(stats)
-    table = Table(title=f"{loaded.name} in {features.name} by {chosen.kind}", title_justify="left")
+    table = Table(title=Text(f"{loaded.name} in {features.name} by {chosen.kind}"), title_justify="left")
     for column in ("feature", "score", "forget tokens", "retain tokens", "forget mean", "largest"):
         table.add_column(column, justify="right")
     for i in select(stats, chosen, min(n, int(values.isfinite().sum()))):
