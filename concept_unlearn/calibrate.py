@@ -39,9 +39,9 @@ class Calibration(NamedTuple):
 class RetainedUtility:
     """How much of what must be kept a patch keeps: 1 or more means all that was asked.
 
-    The smallest of (max_perplexity / growth of perplexity on general text), (share of the base's accuracy on
-    neighbouring probes / keep) and (share of fluent replies in scope / the least that is allowed). Without
-    neighbouring probes, general ones serve. The base is observed once, when this is made, for any number of
+    The smallest of (max_perplexity / growth of perplexity on general text), (share of fluent replies in scope / the
+    least that is allowed) and (share of the base's accuracy on neighbouring probes / keep). Without neighbouring
+    probes, general ones serve. The base is observed once, when this is made, for any number of
     patches. A patch that fails one is not asked the next: below 1 the value is an upper bound.
     """
 
@@ -84,11 +84,13 @@ class RetainedUtility:
             found = self._max_perplexity / perplexity_ratio(self._base_texts, self._texts())
             if found < 1:
                 return found
-            found = min(found, self._right() / self._base_right / self._keep)
-            if found < 1 or self._least_fluent <= 0:
-                return found
             written = self._asked_replies()
-        return min(found, self._fluent(written) / self._least_fluent)
+        if self._least_fluent > 0:
+            found = min(found, self._fluent(written) / self._least_fluent)
+        if found < 1:
+            return found
+        with patch.on(self._lm):
+            return min(found, self._right() / self._base_right / self._keep)
 
     def _right(self) -> int:
         return sum(reply.right for reply in replies(self._lm, self._kept, progress=self.progress))
