@@ -98,7 +98,19 @@ class _Threshold(Gate):
         return self.above + _ROUNDING * max(1.0, abs(self.above))
 
 
-class SequenceGate(_Threshold):
+class _PromptGate(_Threshold):
+    """A gate that decides on the prompt and holds to it while the model answers."""
+
+    prompt_only: bool = False
+    """Edit what the model was given and leave what it writes as it is: its answers stay more fluent under a strong
+    edit, and a long one may find its way back."""
+
+    def _hold(self, decision: Bool[Tensor, " batch"], signal: Signal) -> Bool[Tensor, "batch seq"]:
+        where = signal.prompt if self.prompt_only else torch.ones_like(signal.prompt)
+        return decision[:, None] & where
+
+
+class SequenceGate(_PromptGate):
     """Sequences in which the share of tokens on which a chosen feature fires exceeds ``above``.
 
     Decided on the prompt and held while decoding (Dynamic SAE Guardrails, arXiv 2504.08192). Filler text
@@ -109,7 +121,7 @@ class SequenceGate(_Threshold):
         read = signal.tokens & signal.prompt
         hot = memory.add("hot", (_hot(signal) & read).sum(-1))
         seen = memory.add("seen", read.sum(-1).double())
-        return _hold(memory.latch("open", hot > self.threshold() * seen), signal)
+        return self._hold(memory.latch("open", hot > self.threshold() * seen), signal)
 
     def statistic(self, signal: Signal) -> Tensor:
         return (_hot(signal) & signal.tokens).sum(-1).double() / signal.tokens.sum(-1).clamp(min=1)
@@ -146,7 +158,7 @@ class StreamingGate(_Threshold):
         return walk - lowest
 
 
-class ProbeGate(_Threshold):
+class ProbeGate(_PromptGate):
     """Sequences whose pooled probe score exceeds ``above``; the sensor is a linear probe on the residual.
 
     Neighbouring concepts fire the same features, so counting hits confuses them; a probe does not. ``soft`` is
@@ -161,12 +173,12 @@ class ProbeGate(_Threshold):
         score, threshold = signal.acts[..., 0].double(), self.threshold()
         if self.pool == "max":
             peak = torch.where(read, score, -torch.inf).amax(-1)
-            return _hold(memory.latch("open", peak > threshold), signal)
+            return self._hold(memory.latch("open", peak > threshold), signal)
         if self.pool == "soft":
             score, threshold = (score / SOFTNESS).exp(), math.exp(threshold / SOFTNESS)
         total = memory.add("total", torch.where(read, score, 0.0).sum(-1))
         seen = memory.add("seen", read.sum(-1).double())
-        return _hold(memory.latch("open", (seen > 0) & (total > threshold * seen)), signal)
+        return self._hold(memory.latch("open", (seen > 0) & (total > threshold * seen)), signal)
 
     def statistic(self, signal: Signal) -> Tensor:
         score = signal.acts[..., 0].double()
@@ -191,7 +203,3 @@ def conformal_threshold(retain: Float[Tensor, " n"], alpha: float) -> float:
 
 def _hot(signal: Signal) -> Bool[Tensor, "batch seq"]:
     return (signal.acts > 0).any(-1)
-
-
-def _hold(decision: Bool[Tensor, " batch"], signal: Signal) -> Bool[Tensor, "batch seq"]:
-    return decision[:, None].expand_as(signal.tokens)

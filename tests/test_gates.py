@@ -66,6 +66,17 @@ def test_padding_is_no_token():
 @pytest.mark.parametrize(
     "gate", [SequenceGate(above=0.3), *(ProbeGate(above=0.3, pool=pool) for pool in ("soft", "mean", "max"))], ids=repr
 )
+def test_a_prompt_gate_may_leave_the_answer_alone(gate):
+    gate, memory = gate.model_copy(update={"prompt_only": True}), Memory()
+    assert gate(signal([1, 0]), memory).all()
+    assert not gate(signal([1], prompt=[0]), memory).any()
+    assert gate(signal([0, 1], prompt=[1, 0]), memory)[0].tolist() == [True, False]
+    assert not gate(signal([0, 0]), Memory()).any()
+
+
+@pytest.mark.parametrize(
+    "gate", [SequenceGate(above=0.3), *(ProbeGate(above=0.3, pool=pool) for pool in ("soft", "mean", "max"))], ids=repr
+)
 def test_a_decision_is_made_on_the_prompt_and_held(gate):
     memory = Memory()
     assert gate(signal([1, 0]), memory).all()

@@ -35,6 +35,7 @@ def gates(median):
         "streaming": StreamingGate(above=median["streaming"], drift=0.5),
         "probe": ProbeGate(above=median["probe"]),
         "probe-max": ProbeGate(above=median["probe-max"], pool="max"),
+        "probe-prompt": ProbeGate(above=median["probe-prompt"], prompt_only=True),
     }
 
 
@@ -49,7 +50,9 @@ def median(sae):
     from concept_unlearn.gates import Signal
 
     lm, found = LM(make_hf(), make_tokenizer()), {}
-    for name, gate in gates(dict.fromkeys(("token", "sequence", "streaming", "probe", "probe-max"), 0.0)).items():
+    for name, gate in gates(
+        dict.fromkeys(("token", "sequence", "streaming", "probe", "probe-max", "probe-prompt"), 0.0)
+    ).items():
         values = []
         for prompt in PROMPTS:
             ids = torch.tensor([lm.encode(prompt, chat=False)])
@@ -76,7 +79,8 @@ def patch_for(sae, edit, name, median):
     )
 
 
-EDITS_X_GATES = list(itertools.product(EDITS, ["always", "token", "sequence", "streaming", "probe", "probe-max"]))
+GATES = ["always", "token", "sequence", "streaming", "probe", "probe-max", "probe-prompt"]
+EDITS_X_GATES = list(itertools.product(EDITS, GATES))
 
 
 @pytest.mark.parametrize(("edit", "gate"), EDITS_X_GATES, ids=lambda v: v if isinstance(v, str) else v.kind)
@@ -101,7 +105,7 @@ def test_however_it_is_run_the_patch_gives_the_same_tokens(lm, sae, median, edit
     assert lm.generate(PROMPTS, max_new_tokens=8, chat=False) == base
 
 
-@pytest.mark.parametrize("gate", ["sequence", "streaming", "probe", "probe-max"])
+@pytest.mark.parametrize("gate", ["sequence", "streaming", "probe", "probe-max", "probe-prompt"])
 def test_gates_of_these_tests_open_for_some_prompts_and_not_for_others(lm, sae, median, gate):
     patch = patch_for(sae, DenseClamp(to=-2.0), gate, median)
     changed = []
