@@ -33,6 +33,8 @@ LINES = (
     Line("Kept", "perplexity on general text", "general/perplexity", "ratio", "as before"),
     Line("Side effects", "gibberish answers about the concept", "in_scope/gibberish", "percent", "as before"),
     Line("Side effects", "gibberish answers elsewhere", "out_of_scope/gibberish", "percent", "as before"),
+    Line("Side effects", "questions about the concept the patch touches", "in_easy/touched", "percent", "high"),
+    Line("Side effects", "… reworded, indirect, other formats", "in_hard/touched", "percent", "high"),
     Line("Side effects", "neighbouring questions the patch touches", "out_near/touched", "percent", "low"),
     Line("Side effects", "general questions the patch touches", "out_far/touched", "percent", "low"),
 )
