@@ -41,8 +41,8 @@ class RetainedUtility:
 
     The smallest of (max_perplexity / growth of perplexity on general text), (share of fluent replies in scope / the
     least that is allowed) and (share of the base's accuracy on neighbouring probes / keep). Without neighbouring
-    probes, general ones serve. The base is observed once, when this is made, for any number of
-    patches. A patch that fails one is not asked the next: below 1 the value is an upper bound.
+    probes, general ones serve. The base is observed once, when this is made, for any number of patches. A patch that
+    fails one is not asked the next: below 1 the value is an upper bound.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class RetainedUtility:
             raise EmptyData(f"scope {scope.name!r} has no out_near or out_far probe to keep")
         self.progress = progress
         self._base_texts, self._base_right = self._texts(), self._right()
-        self._least_fluent = self._fluent(self._asked_replies()) - max_gibberish
         if not self._base_right:
             raise EmptyData("the base model answers no retained probe correctly: there is nothing to keep")
+        self._least_fluent = self._fluent(self._asked_replies()) - max_gibberish
 
     def __call__(self, patch: Patch) -> float:
         with patch.on(self._lm):

@@ -100,6 +100,14 @@ def words(*ids: int) -> str:
     return " ".join(f"w{i}" for i in ids)
 
 
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile remembers from one test to the next."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(params=list(CONFIGS))
 def any_hf(request: pytest.FixtureRequest) -> LM:
     return LM(make_hf(request.param), make_tokenizer(), name=request.param)

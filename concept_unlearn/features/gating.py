@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -61,7 +62,7 @@ def fit_gate(lm: LM, gate: Gate, sensor: Slice, scope: Scope, *, progress: Progr
     prompts = _prompts(lm, scope)
     if isinstance(gate, ProbeGate):
         return _fit_probe_gate(lm, gate, sensor.site, prompts, progress)
-    sensor = sensor.to(lm.device)
+    sensor = sensor.to(torch.device("cpu"))
     texts = _read(lm, sensor.site, prompts, progress)
     statistics = [_statistic(gate, sensor.encode(x).acts, x.norm(dim=-1) <= sensor.max_norm) for x in texts]
     return Fitted(gate.fitted(_strictest(torch.stack(statistics), prompts, getattr(gate, "alpha", 0.0))), None)
@@ -76,7 +77,7 @@ def _prompts(lm: LM, scope: Scope) -> Prompts:
             flags.append((name in IN_SCOPE, name == "out_near", True))
     for name in ("forget", "near", "retain"):
         passages = getattr(scope, name)
-        for passage in passages[:: -(-len(passages) // _MAX_PASSAGES) or 1]:
+        for passage in passages[:: max(math.ceil(len(passages) / _MAX_PASSAGES), 1)]:
             ids.append(_passage_ids(lm, passage))
             flags.append((name == "forget", name == "near", passage.prompt is not None))
     columns = torch.tensor(flags, dtype=torch.bool)
@@ -92,17 +93,22 @@ def _passage_ids(lm: LM, passage: Passage) -> list[int]:
 
 
 def _read(lm: LM, site: Site, prompts: Prompts, progress: Progress | None) -> list[Float[Tensor, "tokens d"]]:
-    """What a gate may read of each prompt."""
-    found: list[Tensor] = [torch.empty(0)] * len(prompts.ids)
+    """What a gate may read of each prompt, on the CPU."""
+    found: dict[int, Tensor] = {}
     for rows in stream(lm, [site], prompts.ids, progress=progress):
-        x = rows.activations[site].float()
-        for owner in rows.sequence.unique().tolist():
-            found[owner] = x[rows.sequence == owner][prompts.skip[owner] :]
-    return found
+        x = rows.activations[site].float().cpu()
+        owners = rows.sequence.cpu()
+        for owner in owners.unique().tolist():
+            found[owner] = x[owners == owner][prompts.skip[owner] :]
+    nothing = next(iter(found.values()))[:0]
+    return [found.get(i, nothing) for i in range(len(prompts.ids))]
 
 
 def _statistic(gate: Gate, acts: Float[Tensor, "tokens k"], tokens: Bool[Tensor, " tokens"]) -> Float[Tensor, ""]:
-    return gate.statistic(Signal(acts[None], tokens[None], torch.ones_like(tokens)[None]))[0].cpu()
+    """Of one text; nothing to read is less than any threshold."""
+    if not len(tokens):
+        return torch.tensor(-torch.inf, dtype=torch.float64)
+    return gate.statistic(Signal(acts[None], tokens[None], torch.ones_like(tokens)[None]))[0].double()
 
 
 def _strictest(statistics: Float[Tensor, " n"], prompts: Prompts, alpha: float) -> Tensor:
@@ -127,7 +133,7 @@ def _fit_probe_gate(lm: LM, gate: ProbeGate, site: Site, prompts: Prompts, progr
             score = (tokens @ probe.weight + probe.bias)[:, None]
             for i in held_out.nonzero()[:, 0].tolist():
                 mine = score[stops[i] - len(texts[i]) : stops[i]]
-                statistics[i] = _statistic(gate, mine, torch.ones(len(mine), dtype=torch.bool, device=mine.device))
+                statistics[i] = _statistic(gate, mine, torch.ones(len(mine), dtype=torch.bool))
         gate = gate.fitted(_strictest(statistics, prompts, gate.alpha))
     probe = fit_probe(tokens, views, pool=gate.pool)
     sensor = direction(

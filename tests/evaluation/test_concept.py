@@ -14,7 +14,7 @@ from concept_unlearn.edits import DenseClamp
 from concept_unlearn.errors import EmptyData
 from concept_unlearn.evaluation.concept import ConceptBenchmark, Rows, perplexity_ratio, read_texts
 from concept_unlearn.evaluation.cost import measure_cost
-from concept_unlearn.evaluation.probes import probe_rows
+from concept_unlearn.evaluation.probes import probe_rows, replies
 from concept_unlearn.patches import FeaturePatch
 
 PROMPTS = [words(i, i + 1, i + 2) for i in range(7, 30)]
@@ -106,6 +106,14 @@ def test_a_patch_shows_in_every_measure(lm, scope, patch):
     assert summary["general/perplexity"]["relative"].value == pytest.approx(math.exp(change / tokens))
     right = [r.generated_right for r in patched.probes["in_easy"]]
     assert summary["in_easy/generated_accuracy"]["patched"].value == pytest.approx(sum(right) / len(right))
+
+
+def test_replies_alone_are_what_the_whole_rows_hold(lm, scope):
+    probes = (*scope.in_easy, *scope.in_hard)
+    alone, rows = replies(lm, probes), probe_rows(lm, probes)
+    assert [(r.ids, r.right) for r in alone] == [(list(r.generated_ids), r.generated_right) for r in rows]
+    assert any(r.right for r in alone)
+    assert not all(r.right for r in alone)
 
 
 def test_generations_are_judged_by_the_model_without_the_patch(lm, scope, patch):

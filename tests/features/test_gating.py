@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import make_perfect_sae, words
 
 from concept_unlearn.data.scope import Scope
 from concept_unlearn.dictionaries import SAEDictionary
-from concept_unlearn.features.gating import fit_gate
+from concept_unlearn.errors import EmptyData
+from concept_unlearn.features.gating import _statistic, fit_gate
 from concept_unlearn.gates import Always, ProbeGate, SequenceGate, Signal, StreamingGate, TokenGate
 from concept_unlearn.lm import Site
 from concept_unlearn.lm.context import Memory
@@ -71,6 +76,25 @@ def test_a_smaller_alpha_asks_for_more(lm, chosen):
 @pytest.mark.parametrize("gate", [Always(), TokenGate(above=1.0), SequenceGate(above=0.3)], ids=repr)
 def test_a_gate_with_nothing_to_fit_comes_back_as_it_is(lm, chosen, gate):
     assert fit_gate(lm, gate, chosen, scope_of(0)) == (gate, None)
+
+
+@pytest.mark.parametrize(
+    "gate", [SequenceGate(alpha=0.1), *(ProbeGate(pool=p) for p in ("soft", "mean", "max"))], ids=repr
+)
+def test_a_prompt_with_nothing_to_read_changes_no_threshold_but_by_being_one_more(lm, chosen, gate):
+    scope = scope_of(0)
+    blank = SimpleNamespace(prompt=words(8), chat=False)
+    empty = _statistic(gate.model_copy(update={"above": 0.0}), torch.zeros(0, 1), torch.zeros(0, dtype=torch.bool))
+    assert empty == -torch.inf
+    lm.chat_head = lm.encode(blank.prompt, chat=False)
+    fitted, _ = fit_gate(lm, gate, chosen, replace(scope, out_far=(*scope.out_far, blank)))
+    assert math.isfinite(fitted.above)
+
+
+def test_one_retained_prompt_is_not_enough_for_a_probe(lm, chosen):
+    scope = Scope.of("bare", forget=draw(CONCEPT, 4, 0, 16), retain=draw(FAR, 1, 2, 16), out_far=[])
+    with pytest.raises(EmptyData, match="at least two retained"):
+        fit_gate(lm, ProbeGate(), chosen, scope)
 
 
 def test_fitting_twice_gives_the_same(lm, chosen):

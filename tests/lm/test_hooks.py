@@ -197,13 +197,8 @@ def test_swapped_weights_come_back_by_pointer(lm, ids):
     assert torch.equal(lm.logits(ids), base)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 class TestCompile:
-    @pytest.fixture(autouse=True)
-    def fresh(self):
-        torch._dynamo.reset()
-        yield
-        torch._dynamo.reset()
-
     def test_hook_first_then_compile_gives_the_edited_model(self, lm, ids):
         with torch.no_grad(), lm.edit({Site("resid_post", 1): lambda x, _: x * 2}):
             want = lm.logits(ids)

@@ -356,13 +356,8 @@ def test_gradients_flow_through_an_edit(lm, ids):
     assert lm.model.model.embed_tokens.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 class TestCompile:
-    @pytest.fixture(autouse=True)
-    def fresh(self):
-        torch._dynamo.reset()
-        yield
-        torch._dynamo.reset()
-
     def test_patch_first_then_compile_and_switch_without_recompiling(self, lm, ids):
         patch = FeaturePatch(dictionary=make_sae("standard"), features=FEATURES, edit=Clamp(to=-3.0))
         with torch.no_grad():
