@@ -81,7 +81,7 @@ def test_a_gate_with_nothing_to_fit_comes_back_as_it_is(lm, chosen, gate):
 @pytest.mark.parametrize(
     "gate", [SequenceGate(alpha=0.1), *(ProbeGate(pool=p) for p in ("soft", "mean", "max"))], ids=repr
 )
-def test_a_prompt_with_nothing_to_read_changes_no_threshold_but_by_being_one_more(lm, chosen, gate):
+def test_a_prompt_with_nothing_to_read_opens_no_gate(lm, chosen, gate):
     scope = scope_of(0)
     blank = SimpleNamespace(prompt=words(8), chat=False)
     empty = _statistic(gate.model_copy(update={"above": 0.0}), torch.zeros(0, 1), torch.zeros(0, dtype=torch.bool))
