@@ -13,7 +13,7 @@ from .report import Entry, Report
 
 Progress = Callable[[int], None]
 
-_COST_TEXTS = 8
+_COST_TEXTS = 2
 
 
 def compare(
