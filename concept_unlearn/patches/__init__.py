@@ -2,5 +2,6 @@
 
 from .base import Patch as Patch
 from .base import Stack as Stack
+from .codebook import CodebookPatch as CodebookPatch
 from .feature import FeaturePatch as FeaturePatch
 from .io import load_patch as load_patch

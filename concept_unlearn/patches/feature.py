@@ -8,16 +8,17 @@ from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from ..dictionaries import Dictionary, Slice, as_dictionary
 from ..dictionaries.sae import restore_slice
 from ..edits import Clamp, Edit
-from ..errors import DictionaryMismatch, InvalidConfig
-from ..gates import Always, Gate, Signal
+from ..errors import InvalidConfig
+from ..gates import Always, Gate
 from ..lm import LM, Context, EditFn, Site
 from .base import Patch, Switch, check_strength
+from .opening import Opening, check_width
 from .origin import Origin
 
 
@@ -103,30 +104,26 @@ class _Application:
     def __init__(self, patch: FeaturePatch, lm: LM, switch: Switch) -> None:
         self._patch, self._switch = patch, switch
         self._slices = [s.to(lm.device) for s in patch.slices]
-        self._sensor = None if patch.sensor is None else patch.sensor.to(lm.device)
-        self._open: Bool[Tensor, "batch seq"] | None = None
+        self._opening = Opening(patch.gate, patch.sensor, lm.device)
         self._pending: dict[int, Float[Tensor, "batch seq d"] | None] = {}
         self._row_norms = [s.W_dec.norm(dim=-1).clamp(min=1e-12) for s in self._slices]
 
     def edits(self) -> dict[Site, EditFn]:
         """One function a site: the gate's sensor first, then what is read there, then what is written there."""
         slices = self._slices
-        sites = {s.site for s in slices} | {s.site_out for s in slices}
-        if self._sensor is not None:
-            sites.add(self._sensor.site)
+        sites = {s.site for s in slices} | {s.site_out for s in slices} | self._opening.sites
         return {site: self._at(site) for site in sorted(sites)}
 
     def _at(self, site: Site) -> EditFn:
         reads = [i for i, s in enumerate(self._slices) if s.site == site]
         writes = [i for i, s in enumerate(self._slices) if s.site_out == site]
-        senses = self._sensor is not None and self._sensor.site == site
+        senses = site in self._opening.sites
 
         def edit(x: Tensor, context: Context) -> Tensor:
             if not self._switch.enabled:
                 return x
             if senses:
-                assert self._sensor is not None
-                self._sense(self._sensor, x, context)
+                self._opening.sense(x, context)
             for i in reads:
                 self._pending[i] = self._delta(i, x, context)
             for i in writes:
@@ -137,42 +134,26 @@ class _Application:
 
         return edit
 
-    def _sense(self, sensor: Slice, x: Tensor, context: Context) -> None:
-        check_width(sensor, x)
-        tokens = context.text & (x.float().norm(dim=-1) <= sensor.max_norm)
-        signal = Signal(sensor.encode(x).acts, tokens, context.prompt)
-        self._open = self._patch.gate(signal, context.memory)
-
     def _delta(self, i: int, x: Tensor, context: Context) -> Float[Tensor, "batch seq d_out"] | None:
         """What is to be added, in float32; None where that is nothing at all."""
         patch = self._patch
         chosen = self._slices[i] = self._slices[i].to(x.device)
-        check_width(chosen, x)
+        check_width(chosen.site, chosen.d_in, x)
         acts, scale = chosen.encode(x)
         norm = x.float().norm(dim=-1, keepdim=True)
         tokens = context.tokens & (norm[..., 0] <= chosen.max_norm)
-        if patch.gate.per_token or (self._sensor is None and i == 0):
-            seen = tokens if patch.gate.per_token else tokens & context.text
-            self._open = patch.gate(Signal(acts, seen, context.prompt), context.memory)
-        assert self._open is not None
+        where = tokens & self._opening.at(acts, tokens, context, first=i == 0)
         unit = norm / (acts.shape[-1] * self._row_norms[i].to(x.device))
         if scale is not None:
             unit = unit / scale
         change = patch.edit(acts, unit) - acts
-        change = torch.where((self._open.to(x.device) & tokens)[..., None], change, 0.0)
+        change = torch.where(where[..., None], change, 0.0)
         if not change.is_cuda and not change.any():
             return None
         if scale is not None:
             change = change * scale
         delta = change @ chosen.W_dec
         return delta if patch.strength == 1 else delta * patch.strength
-
-
-def check_width(chosen: Slice, x: Tensor) -> None:
-    if x.shape[-1] != chosen.d_in:
-        raise DictionaryMismatch(
-            f"features at {chosen.site} read {chosen.d_in} numbers a token; this model has {x.shape[-1]}"
-        )
 
 
 def _slices(dictionary: Any, features: Any) -> list[Slice]:

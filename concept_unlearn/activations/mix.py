@@ -1,0 +1,107 @@
+"""Rows of many texts in random order, so that a batch holds a little of everything."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import EmptyData
+from ..lm import Site
+from .processes import Processes
+from .shards import Shard
+
+NO_LIMIT: Mapping[Site, float] = MappingProxyType({})
+
+
+class RowSource(Protocol):
+    """Shards of rows: a ``Store``, or ``Live`` from the model."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]: ...
+
+    @property
+    def shard_tokens(self) -> int: ...
+
+    @property
+    def model_name(self) -> str: ...
+
+    @property
+    def model_fingerprint(self) -> str: ...
+
+    @property
+    def key(self) -> str:
+        """Changes with anything that can change a row."""
+
+    def shards(self, epoch: int, start: int, step: int) -> Iterator[Shard]: ...
+
+
+class Position(NamedTuple):
+    """Where a stream of batches stands: a pass over the source, a block of shards in it, a batch in the block."""
+
+    epoch: int = 0
+    block: int = 0
+    batch: int = 0
+
+
+class Batch(NamedTuple):
+    rows: dict[Site, Float[Tensor, "batch d"]]
+    next: Position
+    """Where the stream goes on after this batch."""
+
+
+def mixed(
+    source: RowSource,
+    *,
+    batch: int,
+    max_norm: Mapping[Site, float] = NO_LIMIT,
+    block_tokens: int = 262_144,
+    seed: int = 0,
+    start: Position = Position(),
+) -> Iterator[Batch]:
+    """Batches without end: blocks of shards, each shuffled as a whole, at all sites by the same permutation.
+
+    A position is all it takes to go on where a stream stopped; only the block it stopped in is read again. Rows that
+    fill no batch at the end of a block are left out, and so are rows above ``max_norm`` at any site. Each of several
+    processes reads shards of its own. Raises EmptyData where a pass fills no batch.
+    """
+    here = Processes.here()
+    per_block = max(1, block_tokens // source.shard_tokens)
+    position = start
+    while True:
+        filled = position != Position(position.epoch)
+        shards = source.shards(position.epoch, here.rank + position.block * per_block * here.world, here.world)
+        while block := list(islice(shards, per_block)):
+            rows = _joined(block, max_norm)
+            generator = torch.Generator().manual_seed(_seed(seed + here.rank, position))
+            order = torch.randperm(len(next(iter(rows.values()))), generator=generator)
+            for i in range(position.batch, len(order) // batch):
+                filled = True
+                chosen = order[i * batch : (i + 1) * batch]
+                yield Batch({site: x[chosen] for site, x in rows.items()}, position._replace(batch=i + 1))
+            position = Position(position.epoch, position.block + 1)
+        if not filled:
+            raise EmptyData(
+                f"process {here.rank} of {here.world} finds fewer than {batch} rows in a block of {per_block} shards: "
+                "harvest more text, or ask for smaller batches"
+            )
+        position = Position(position.epoch + 1)
+
+
+def _joined(block: list[Shard], max_norm: Mapping[Site, float]) -> Shard:
+    joined = {site: torch.cat([shard[site] for shard in block]) for site in block[0]}
+    keep = torch.ones(len(next(iter(joined.values()))), dtype=torch.bool)
+    for site, limit in max_norm.items():
+        keep &= joined[site].float().norm(dim=-1) <= limit
+    return joined if keep.all() else {site: x[keep] for site, x in joined.items()}
+
+
+def _seed(seed: int, position: Position) -> int:
+    digest = hashlib.sha256(f"{seed} {position.epoch} {position.block}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")

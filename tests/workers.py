@@ -1,0 +1,85 @@
+"""What other processes do, to be killed or to work together."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import make_hf, make_tokenizer, words
+
+from concept_unlearn import LM, Corpus
+from concept_unlearn.activations import Harvest, Live, Store, harvest
+from concept_unlearn.dictionaries import Topk, Training, train
+
+SITES = ("resid_post.0", "resid_post.1")
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["concept_unlearn", "sae_lens", "workers"])
+
+
+def tiny_lm() -> LM:
+    return LM(make_hf(), make_tokenizer(), name="tiny")
+
+
+def tiny_corpus(n: int = 300, seed: int = 0) -> Corpus:
+    rng = random.Random(seed)
+    return Corpus.of([words(*rng.choices(range(7, 48), k=rng.randint(1, 40))) for _ in range(n)])
+
+
+def tiny_harvest(**changes: Any) -> Harvest:
+    return Harvest(**{"sites": SITES, "context": 16, "shard_tokens": 200, "dtype": "float32"} | changes)
+
+
+def tiny_training(**changes: Any) -> Training:
+    settings = {"architecture": Topk(d_sae=24, k=3), "tokens": 6400, "batch": 64, "block_tokens": 400}
+    return Training(**settings | {"checkpoint_every": 5} | changes)
+
+
+def fill(folder: Path) -> None:
+    torch.set_num_threads(1)
+    harvest(tiny_lm(), tiny_corpus(), tiny_harvest(), folder)
+
+
+def train_stored(store: Path, output: Path) -> None:
+    torch.set_num_threads(1)
+    train(Store(store), tiny_training(), output)
+
+
+def train_live(output: Path) -> None:
+    torch.set_num_threads(1)
+    train(Live(tiny_lm(), tiny_corpus(), tiny_harvest()), tiny_training(), output)
+
+
+def start(work: Callable[..., None], *arguments: Any) -> Any:
+    process = _context.Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+def together(n: int, work: Callable[..., None], *arguments: Any) -> None:
+    """``work`` in n processes that know of one another, as ``accelerate launch`` starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(_ranked, rank, n, port, work, *arguments) for rank in range(n)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * n
+
+
+def _ranked(rank: int, world: int, port: int, work: Callable[..., None], *arguments: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    try:
+        work(*arguments)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
