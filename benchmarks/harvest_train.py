@@ -1,6 +1,6 @@
 """From text to a trained SAE: this package against SAELens' own runner, side by side in one run.
 
-    python benchmarks/harvest_train.py --train ../shared/data/wikitext-2/test.txt --held-out ../shared/data/wikitext-2/valid.txt
+    python benchmarks/harvest_train.py --train wikitext-2/test.txt --held-out wikitext-2/valid.txt
 
 The same SmolLM2, site, text, architecture (BatchTopK), width, number of tokens and batch. SAELens runs
 LanguageModelSAETrainingRunner on the model in memory and a dataset in memory. Both dictionaries are then measured by
@@ -29,7 +29,7 @@ from concept_unlearn.activations import Harvest, Live
 from concept_unlearn.activations.shards import cut, read
 from concept_unlearn.activations.stream import _batches
 from concept_unlearn.data.encode import pad
-from concept_unlearn.dictionaries import Batchtopk, Training, evaluate_dictionary, train
+from concept_unlearn.dictionaries import BatchtopkArchitecture, Training, evaluate_dictionary, train
 from concept_unlearn.recipe import held_out_texts
 
 CONTEXT = 128
@@ -71,7 +71,7 @@ def main() -> None:
 
 def ours(lm: LM, corpus: Corpus, options: Any, folder: Path) -> None:
     rows = Harvest(sites=(f"resid_post.{options.layer}",), context=CONTEXT, shard_tokens=16_384)
-    architecture = Batchtopk(d_sae=options.d_sae, k=32, topk_threshold_lr=0.05)
+    architecture = BatchtopkArchitecture(d_sae=options.d_sae, k=32, topk_threshold_lr=0.05)
     training = Training(
         architecture=architecture, tokens=options.tokens, batch=options.batch, lr=options.lr, block_tokens=65_536
     )
@@ -93,7 +93,7 @@ def sae_lens(lm: LM, corpus: Corpus, options: Any, folder: Path) -> None:
         ),
         model_name="smollm2", model_class_name="AutoModelForCausalLM", hook_name=hook, dataset_path="in memory",
         is_dataset_tokenized=False, streaming=False, context_size=CONTEXT, training_tokens=steps * options.batch,
-        train_batch_size_tokens=options.batch, store_batch_size_prompts=32, n_batches_in_buffer=16,
+        train_batch_size_tokens=options.batch, store_batch_size_prompts=32, n_batches_in_buffer=8,
         lr=options.lr, lr_warm_up_steps=int(0.05 * steps), lr_decay_steps=int(0.25 * steps), lr_end=options.lr / 10,
         dead_feature_window=500, exclude_special_tokens=True, n_batches_for_norm_estimate=4, device=str(lm.device),
         dtype="float32", n_checkpoints=0, checkpoint_path=None, output_path=str(folder), verbose=False, seed=0,

@@ -1,5 +1,9 @@
 """Make a language model forget a concept, and prove it."""
 
+from .activations import Harvest as Harvest
+from .activations import Live as Live
+from .activations import Store as Store
+from .activations import harvest as harvest
 from .calibrate import Calibration as Calibration
 from .calibrate import calibrate as calibrate
 from .calibrate import find_strength as find_strength
@@ -9,9 +13,21 @@ from .data.examples import Passage as Passage
 from .data.examples import Probe as Probe
 from .data.scope import Scope as Scope
 from .data.scope import concepts as concepts
+from .dictionaries import Architecture as Architecture
+from .dictionaries import BatchtopkArchitecture as BatchtopkArchitecture
+from .dictionaries import Codebook as Codebook
+from .dictionaries import CodebookArchitecture as CodebookArchitecture
 from .dictionaries import Dictionary as Dictionary
+from .dictionaries import GatedArchitecture as GatedArchitecture
+from .dictionaries import JumpreluArchitecture as JumpreluArchitecture
+from .dictionaries import MatryoshkaBatchtopkArchitecture as MatryoshkaBatchtopkArchitecture
 from .dictionaries import SAEDictionary as SAEDictionary
+from .dictionaries import StandardArchitecture as StandardArchitecture
+from .dictionaries import TopkArchitecture as TopkArchitecture
+from .dictionaries import Training as Training
+from .dictionaries import evaluate_dictionary as evaluate_dictionary
 from .dictionaries import load_dictionary as load_dictionary
+from .dictionaries import train as train
 from .edits import Clamp as Clamp
 from .edits import DenseClamp as DenseClamp
 from .edits import Edit as Edit
@@ -50,14 +66,17 @@ from .gates import TokenGate as TokenGate
 from .lm import LM as LM
 from .lm import Site as Site
 from .methods import PRESETS as PRESETS
+from .methods import Ban as Ban
 from .methods import Method as Method
 from .methods import Steer as Steer
 from .methods import Suppress as Suppress
 from .methods import preset as preset
+from .patches import CodebookPatch as CodebookPatch
 from .patches import FeaturePatch as FeaturePatch
 from .patches import Patch as Patch
 from .patches import Stack as Stack
 from .patches import load_patch as load_patch
+from .recipe import Recipe as Recipe
 from .report import Report as Report
 from .run import Run as Run
 from .run import execute as execute

@@ -175,6 +175,36 @@ def rank(
 
 
 @app.command()
+def write(
+    topics: Annotated[Path, typer.Argument(help="A text file, one topic a line.")],
+    output: Annotated[Path, typer.Option(help="Folder for the text, a corpus for harvest and train.")],
+    model: Model = "smollm2",
+    per_topic: Annotated[int, typer.Option(help="Texts about each topic, each in another format.")] = 6,
+    max_new_tokens: int = 192,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> None:
+    """Let the model write text about topics: a corpus where none may be used.
+
+    A call that was stopped goes on with the files that are missing.
+    """
+    from .lm import LM
+    from .write import write as write_texts
+
+    if not topics.is_file():
+        raise InvalidConfig(f"no file of topics {topics}")
+    asked = [line.strip() for line in topics.read_text().splitlines() if line.strip()]
+    with _quiet(), _bars() as track:
+        lm = LM.load(model)
+        with track("write", per_topic * len(asked)) as progress:
+            write_texts(
+                lm, asked, output, per_topic=per_topic, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed,
+                progress=progress,
+            )  # fmt: skip
+    console.print(f"{output}: {per_topic * len(asked)} texts")
+
+
+@app.command()
 def harvest(
     recipe: Annotated[Path, typer.Argument(help="A YAML file, see configs/dictionary.yaml and the schema verb.")],
     store: Annotated[Path | None, typer.Option(help="Folder for the rows; the recipe's own where not given.")] = None,

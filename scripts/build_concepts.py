@@ -20,7 +20,6 @@ from typing import Any
 
 import yaml
 from rich.progress import Progress
-from write_text import write
 
 from concept_unlearn import LM, Scope
 from concept_unlearn.data.examples import Passage, Probe, normalise, write_jsonl
@@ -130,14 +129,10 @@ def write_passages(
         written = json.loads(path.read_text())
     else:
         task = progress.add_task(f"write {what}", total=len(jobs))
-        asked = [lm.tokenizer.decode(lm.encode(request, chat=True)) for request, _ in jobs]
-        order, written = sorted(range(len(jobs)), key=lambda i: len(asked[i])), [""] * len(jobs)
-        for start in range(0, len(order), options.batch_size):
-            batch = order[start : start + options.batch_size]
-            texts = write(lm, [asked[i] for i in batch], MAX_TOKENS, seed + start, TEMPERATURE)
-            for i, text in zip(batch, texts, strict=True):
-                written[i] = text
-            progress.advance(task, len(batch))
+        written = lm.generate(
+            [request for request, _ in jobs], max_new_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=seed,
+            batch_size=options.batch_size, chat=True, progress=lambda n: progress.advance(task, n),
+        )  # fmt: skip
         path.write_text(json.dumps(written))
     found = []
     for (request, kind), text in zip(jobs, written, strict=True):

@@ -16,6 +16,7 @@ REQUIRED = {
     "shift": {"by": -1.0},
     "suppress": {"dictionaries": ("a",)},
     "steer": {"sites": ("resid_post.1",)},
+    "ban": {"codebook": "a"},
 }
 MEMBERS = [(family, member) for family in FAMILIES for member in family.members.values()]
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import concept_unlearn
-from concept_unlearn import Edit, Gate, Method, Score
+from concept_unlearn import Architecture, Edit, Gate, Method, Score
 from concept_unlearn.edits import Relative
 
 EXPORTED = [
@@ -23,15 +23,21 @@ EXPORTED = [
     "attribute", "difference_of_means", "leace", "matched_frequency", "measure", "measure_all", "select",
     "fit_gate", "Always", "Gate", "ProbeGate", "SequenceGate", "StreamingGate", "TokenGate", "LM", "Site",
     "PRESETS", "Method", "Steer", "Suppress", "preset", "FeaturePatch", "Patch", "Stack", "load_patch", "Report",
-    "Run", "execute", "load_run",
+    "Run", "execute", "load_run", "Corpus", "Harvest", "Live", "Store", "harvest", "Training", "train", "Recipe",
+    "evaluate_dictionary", "Architecture", "Codebook", "CodebookPatch", "Ban", "StandardArchitecture",
+    "GatedArchitecture", "JumpreluArchitecture", "TopkArchitecture", "BatchtopkArchitecture",
+    "MatryoshkaBatchtopkArchitecture", "CodebookArchitecture",
 ]  # fmt: skip
-FAMILIES = [Edit, Gate, Score, Method]
+FAMILIES = [Edit, Gate, Score, Method, Architecture]
 MEMBERS = [(family, member) for family in FAMILIES for member in family.members.values()]
 GIVEN = {
     "scale": {"by": -6.0},
     "shift": {"by": Relative(-0.5)},
     "mean": {"values": (0.1, 0.2)},
     "suppress": {"dictionaries": ("a",), "edit": {"kind": "clamp", "to": {"of_norm": -0.5}}, "gate": "probe"},
+    "ban": {"codebook": "a", "n": 3, "mode": "zero"},
+    **{kind: {"d_sae": 8} for kind in ("standard", "gated", "jumprelu", "topk", "batchtopk")},
+    "matryoshka_batchtopk": {"d_sae": 8, "matryoshka_widths": (2, 8)},
     "steer": {"sites": ("resid_post.1",), "edit": {"kind": "shift", "by": -2}},
 }
 

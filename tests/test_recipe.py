@@ -46,7 +46,7 @@ def test_rows_streamed_and_rows_stored_give_dictionaries_as_good(recipe, tmp_pat
 def test_the_card_says_what_it_is(recipe, tmp_path):
     make(load_config(Recipe, recipe))
     card = (tmp_path / "made" / "blocks.1.hook_resid_post" / "README.md").read_text()
-    for expected in ("kind topk, d_sae 24", ", k 4,", "variance explained", "L0 | 4.0", "loss recovered", "not trained on"):
+    for expected in ("kind topk, d_sae 24", ", k 4,", "variance explained", "L0 | 4.0", "recovered", "not trained on"):
         assert expected in card
 
 

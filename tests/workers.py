@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import resource
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from conftest import make_hf, make_tokenizer, words
 
 from concept_unlearn import LM, Corpus
 from concept_unlearn.activations import Harvest, Live, Store, harvest
-from concept_unlearn.dictionaries import Topk, Training, train
+from concept_unlearn.dictionaries import TopkArchitecture, Training, train
 
 SITES = ("resid_post.0", "resid_post.1")
 
@@ -37,7 +38,7 @@ def tiny_harvest(**changes: Any) -> Harvest:
 
 
 def tiny_training(**changes: Any) -> Training:
-    settings = {"architecture": Topk(d_sae=24, k=3), "tokens": 6400, "batch": 64, "block_tokens": 400}
+    settings = {"architecture": TopkArchitecture(d_sae=24, k=3), "tokens": 6400, "batch": 64, "block_tokens": 400}
     return Training(**settings | {"checkpoint_every": 5} | changes)
 
 
@@ -54,6 +55,25 @@ def train_stored(store: Path, output: Path) -> None:
 def train_live(output: Path) -> None:
     torch.set_num_threads(1)
     train(Live(tiny_lm(), tiny_corpus(), tiny_harvest()), tiny_training(), output)
+
+
+def peak_memory(n_shards: int, answer: Any) -> None:
+    """In MB, after so many shards of 10,000 rows."""
+    torch.set_num_threads(1)
+    one, harvest = tiny_corpus(100), tiny_harvest(shard_tokens=10_000, tokens=10_000 * n_shards, context=40)
+    corpus = Corpus("endless", lambda: (text for _ in iter(int, 1) for text in one), lambda: "endless")
+    for _ in Live(tiny_lm(), corpus, harvest).shards(0, 0, 1):
+        pass
+    answer.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def ask(work: Callable[..., None], *arguments: Any) -> Any:
+    """What ``work`` puts into the queue it is given last."""
+    answer = _context.Queue()
+    process = start(work, *arguments, answer)
+    found = answer.get()
+    process.join()
+    return found
 
 
 def start(work: Callable[..., None], *arguments: Any) -> Any:

@@ -81,6 +81,7 @@ class Codebook(nn.Module):
         self.codes = nn.Parameter(torch.randn(sum(sizes), d_group, generator=generator).relu())
         self.W_dec = nn.Parameter(torch.randn(d_code, d_in, generator=generator) / d_code**0.5)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self._unit: tuple[tuple[int, int], Tensor] | None = None
 
     @property
     def n_features(self) -> int:
@@ -127,10 +128,11 @@ class Codebook(nn.Module):
     def similarity(self, z: Float[Tensor, "*batch d_code"]) -> Float[Tensor, "*batch n_codes"]:
         """Of each code to its group's slice of z: cos(z, c), 0 where a norm is 0; or |z|^2 - |z - c|^2."""
         found = []
+        codes_of = (self._directions() if self.distance == "cosine" else self.codes).split(self.sizes)
         with _full_precision(z):
-            for part, codes in zip(z.chunk(len(self.sizes), -1), self.codes.split(self.sizes), strict=True):
+            for part, codes in zip(z.chunk(len(self.sizes), -1), codes_of, strict=True):
                 if self.distance == "cosine":
-                    found.append(normalize(part, dim=-1) @ normalize(codes, dim=-1).T)
+                    found.append(normalize(part, dim=-1) @ codes.T)
                 else:
                     found.append(2 * part @ codes.T - codes.square().sum(-1))
         return torch.cat(found, -1)
@@ -182,6 +184,13 @@ class Codebook(nn.Module):
     ) -> Float[Tensor, "*batch k"]:
         """The activations of these codes where ``ids`` are chosen."""
         return (ids.flatten(-2)[..., None] == features).any(-2).to(self.codes.dtype) / self.n_active
+
+    def _directions(self) -> Float[Tensor, "n_codes d_group"]:
+        """The codes at unit norm; computed once for as long as they stay what they are."""
+        state = (self.codes.data_ptr(), 0 if self.codes.is_inference() else self.codes._version)
+        if self.codes.requires_grad or self._unit is None or self._unit[0] != state:
+            self._unit = (state, normalize(self.codes.detach(), dim=-1))
+        return self._unit[1]
 
     # As a dictionary.
 

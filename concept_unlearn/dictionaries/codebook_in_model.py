@@ -58,7 +58,7 @@ def train_in_model(
                 task = kl_div(logits.log_softmax(-1), want.log_softmax(-1), log_target=True, reduction="batchmean")
                 losses = {"kl": task, "reconstruction": insertion.reconstruction, "codes": insertion.codes}
             total = torch.stack(list(losses.values())).sum()
-            values = {name: float(value) for name, value in losses.items()}
+            values = {name: value.item() for name, value in losses.items()}
             if not total.isfinite():
                 raise NonFinite(f"step {n_steps}: the loss is {values}")
             adam.zero_grad()

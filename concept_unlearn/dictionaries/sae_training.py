@@ -36,21 +36,21 @@ class _SAE(Architecture):
         return self.model_dump(exclude={"d_sae", "dead_after"})
 
 
-class Standard(_SAE):
+class StandardArchitecture(_SAE):
     """ReLU and an L1 penalty (Bricken et al. 2023)."""
 
     l1_coefficient: float = 1.0
     l1_warm_up_steps: int = 0
 
 
-class Gated(_SAE):
+class GatedArchitecture(_SAE):
     """Gated SAE (arXiv 2404.16014)."""
 
     l1_coefficient: float = 1.0
     l1_warm_up_steps: int = 0
 
 
-class Jumprelu(_SAE):
+class JumpreluArchitecture(_SAE):
     """JumpReLU and an L0 penalty (arXiv 2407.14435)."""
 
     l0_coefficient: float = 1.0
@@ -64,14 +64,14 @@ class Jumprelu(_SAE):
     """Of the quadratic mode."""
 
 
-class Topk(_SAE):
+class TopkArchitecture(_SAE):
     """The k largest of each token (arXiv 2406.04093); dead features are revived by an auxiliary loss."""
 
     k: int = Field(32, gt=0)
     aux_loss_coefficient: float = 1.0
 
 
-class Batchtopk(_SAE):
+class BatchtopkArchitecture(_SAE):
     """k a token on average over the batch (arXiv 2412.06410), saved as JumpReLU."""
 
     k: float = Field(32, gt=0)
@@ -80,7 +80,7 @@ class Batchtopk(_SAE):
     aux_loss_coefficient: float = 1.0
 
 
-class MatryoshkaBatchtopk(_SAE):
+class MatryoshkaBatchtopkArchitecture(_SAE):
     """BatchTopK whose first ``matryoshka_widths`` features also reconstruct alone (arXiv 2503.17547)."""
 
     matryoshka_widths: tuple[int, ...] = Field(min_length=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -55,7 +56,7 @@ class Study:
         return next(s for s in self._stats.values() if s.site == site)
 
     def gate(self, gate: Gate, sensor: Slice) -> Fitted:
-        key = (gate, sensor.site, None if gate.kind == "probe" else sensor.features)
+        key = (gate, str(sensor.site) if gate.kind == "probe" else json.dumps(sensor.spec()))
         if key not in self._gates:
             self._gates[key] = fit_gate(self.lm, gate, sensor, self.scope, progress=self.progress)
         return self._gates[key]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from conftest import BOS, D_MODEL, EOS, PAD, VOCAB, make_hf, make_tokenizer, words
-from workers import SITES, tiny_corpus, tiny_harvest, tiny_lm
+from workers import SITES, ask, peak_memory, tiny_corpus, tiny_harvest, tiny_lm
 
 from concept_unlearn import LM, Corpus
 from concept_unlearn.activations import Live
@@ -115,3 +115,8 @@ def test_the_decoder_of_an_encoder_decoder_is_harvested_too():
     assert found[FIRST].shape == (8, D_MODEL)
     alone = rows_of(t5, Corpus.of([words(7, 8, 9)]), harvest)
     torch.testing.assert_close(found[FIRST][:3], alone[FIRST], rtol=1e-4, atol=1e-5)
+
+
+def test_memory_stays_flat_over_a_long_stream():
+    short, long = ask(peak_memory, 5), ask(peak_memory, 20)
+    assert long - short < 8  # MB; 15 shards more would be 19

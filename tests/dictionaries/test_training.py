@@ -25,12 +25,12 @@ from workers import (
 from concept_unlearn.activations import Live, Store
 from concept_unlearn.dictionaries import (
     Architecture,
-    Batchtopk,
-    Gated,
-    Jumprelu,
-    MatryoshkaBatchtopk,
-    Standard,
-    Topk,
+    BatchtopkArchitecture,
+    GatedArchitecture,
+    JumpreluArchitecture,
+    MatryoshkaBatchtopkArchitecture,
+    StandardArchitecture,
+    TopkArchitecture,
     load_dictionary,
     train,
 )
@@ -41,12 +41,12 @@ from concept_unlearn.lm import Site
 
 SITE = Site("resid_post", 1)
 ARCHITECTURES = [
-    Standard(d_sae=24, l1_warm_up_steps=7),
-    Gated(d_sae=24),
-    Jumprelu(d_sae=24, l0_warm_up_steps=5),
-    Topk(d_sae=24, k=3, dead_after=3),
-    Batchtopk(d_sae=24, k=3, dead_after=3),
-    MatryoshkaBatchtopk(d_sae=24, k=3, matryoshka_widths=(8, 24), dead_after=3),
+    StandardArchitecture(d_sae=24, l1_warm_up_steps=7),
+    GatedArchitecture(d_sae=24),
+    JumpreluArchitecture(d_sae=24, l0_warm_up_steps=5),
+    TopkArchitecture(d_sae=24, k=3, dead_after=3),
+    BatchtopkArchitecture(d_sae=24, k=3, dead_after=3),
+    MatryoshkaBatchtopkArchitecture(d_sae=24, k=3, matryoshka_widths=(8, 24), dead_after=3),
 ]
 
 
@@ -126,7 +126,7 @@ def test_saelens_loads_what_is_saved_and_reads_rows_as_they_come(architecture, t
 
 
 def test_saving_in_between_changes_nothing():
-    a, b = (Topk(d_sae=24, k=3)(job(), sparse_rows(200)) for _ in range(2))
+    a, b = (TopkArchitecture(d_sae=24, k=3)(job(), sparse_rows(200)) for _ in range(2))
     for seed in range(6):
         a.step(sparse_rows(32, seed))
         b.step(sparse_rows(32, seed))
@@ -136,7 +136,7 @@ def test_saving_in_between_changes_nothing():
 
 
 def test_it_learns_what_the_rows_are_made_of():
-    trainee = Topk(d_sae=48, k=3)(job(n_steps=600), sparse_rows(500))
+    trainee = TopkArchitecture(d_sae=48, k=3)(job(n_steps=600), sparse_rows(500))
     for seed in range(600):
         trainee.step(sparse_rows(256, seed))
     x = sparse_rows(500, seed=10_000)
@@ -149,7 +149,7 @@ def test_our_quick_batchtopk_has_the_losses_of_saelens():
     from sae_lens import BatchTopKTrainingSAE
     from sae_lens.saes.sae import TrainStepInput
 
-    trainee = Batchtopk(d_sae=24, k=3)(job(), sparse_rows(200))
+    trainee = BatchtopkArchitecture(d_sae=24, k=3)(job(), sparse_rows(200))
     theirs = BatchTopKTrainingSAE(trainee._sae.cfg)
     theirs.load_state_dict(trainee._sae.state_dict())
     dead = torch.zeros(24, dtype=torch.bool)
@@ -166,7 +166,7 @@ def test_our_quick_batchtopk_has_the_losses_of_saelens():
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    trainee = Topk(d_sae=24, k=3)(job(n_steps=20), sparse_rows(100))
+    trainee = TopkArchitecture(d_sae=24, k=3)(job(n_steps=20), sparse_rows(100))
     rates = []
     for seed in range(20):
         rates.append(trainee._trainer.optimizer.param_groups[0]["lr"])
@@ -260,7 +260,7 @@ def test_settings_that_cannot_be_are_refused(store, tmp_path):
     with pytest.raises(InvalidConfig, match="d_sae"):
         Architecture.parse({"kind": "topk"})
     with pytest.raises(InvalidConfig, match="k 32 is more than d_sae 8"):
-        train(Store(store), tiny_training(architecture=Topk(d_sae=8)), tmp_path)
+        train(Store(store), tiny_training(architecture=TopkArchitecture(d_sae=8)), tmp_path)
     with pytest.raises(EmptyData, match="fewer than"):
         train(Store(store), tiny_training(batch=10**6), tmp_path / "b")
 
