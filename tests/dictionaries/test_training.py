@@ -145,24 +145,30 @@ def test_it_learns_what_the_rows_are_made_of():
     assert missed < 0.05
 
 
-def test_our_quick_batchtopk_has_the_losses_of_saelens():
-    from sae_lens import BatchTopKTrainingSAE
+@pytest.mark.parametrize("n_dead", [0, 5, 20])
+@pytest.mark.parametrize(
+    "architecture", [TopkArchitecture(d_sae=24, k=3), BatchtopkArchitecture(d_sae=24, k=3)], ids=kind
+)
+def test_our_quick_topk_has_the_losses_and_gradients_of_saelens(architecture, n_dead):
+    from sae_lens.registry import get_sae_training_class
     from sae_lens.saes.sae import TrainStepInput
 
-    trainee = BatchtopkArchitecture(d_sae=24, k=3)(job(), sparse_rows(200))
-    theirs = BatchTopKTrainingSAE(trainee._sae.cfg)
-    theirs.load_state_dict(trainee._sae.state_dict())
-    dead = torch.zeros(24, dtype=torch.bool)
-    for n_dead in (0, 5, 20):
-        dead[:n_dead] = True
-        given = TrainStepInput(sparse_rows(32), {}, dead if n_dead else None, 0, False)
-        ours, reference = (sae.training_forward_pass(given) for sae in (trainee._sae, theirs))
-        torch.testing.assert_close(ours.loss, reference.loss)
-        torch.testing.assert_close(ours.feature_acts, reference.feature_acts)
-        gradients = [torch.autograd.grad(out.loss, list(sae.parameters()), allow_unused=True)
-                     for out, sae in ((ours, trainee._sae), (reference, theirs))]  # fmt: skip
-        for g, r in zip(*gradients, strict=True):
-            torch.testing.assert_close(g, r, rtol=1e-4, atol=1e-6)
+    ours = architecture(job(), sparse_rows(200))._sae.double()
+    theirs = get_sae_training_class(architecture.kind)[0](ours.cfg).double()
+    theirs.load_state_dict(ours.state_dict())
+    ours.cfg.dtype = theirs.cfg.dtype = "float64"
+    ours.dtype = theirs.dtype = torch.float64
+    dead = torch.arange(24) < n_dead
+    found = []
+    for sae in (ours, theirs):
+        output = sae.training_forward_pass(TrainStepInput(sparse_rows(32).double(), {}, dead, 0, False))
+        output.loss.backward()
+        found.append({
+            "loss": output.loss, "out": output.sae_out, "acts": output.feature_acts.to_dense(),
+            **{name: p.grad for name, p in sae.named_parameters()}, **output.losses, **dict(sae.named_buffers()),
+        })  # fmt: skip
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, msg=name)
 
 
 def test_the_learning_rate_rises_stays_and_falls():

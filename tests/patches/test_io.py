@@ -131,7 +131,8 @@ def test_damage_is_noticed(lm, tmp_path, damage):
             config.write_text(json.dumps(data | {"kind": "magic"}))
         case "format":
             config.write_text(json.dumps(data | {"format": 99}))
-    expected = (UnknownName, "known: codebook, feature, stack") if damage == "kind" else (CorruptArtifact, str(folder.name))
+    known = "known: codebook, feature, stack"
+    expected = (UnknownName, known) if damage == "kind" else (CorruptArtifact, str(folder.name))
     with pytest.raises(expected[0], match=expected[1]):
         load_patch(folder, lm)
 
