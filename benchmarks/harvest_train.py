@@ -51,7 +51,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     lm = LM.load("smollm2")
     corpus = Corpus.load(options.train)
-    texts = held_out_texts(lm, Corpus.load(options.held_out), context=CONTEXT, tokens=30_000)
+    texts = held_out_texts(lm, Corpus.load(options.held_out), context=CONTEXT, tokens=10_000)
     found: dict[str, Any] = {"tokens": options.tokens, "threads": torch.get_num_threads(), "dtype": str(lm.dtype)}
     found["harvest"] = harvest_alone(lm, corpus, options)
     for name, make in (("ours", ours), ("sae_lens", sae_lens)):

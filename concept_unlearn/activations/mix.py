@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from types import MappingProxyType
@@ -43,10 +44,12 @@ class RowSource(Protocol):
 
 
 class Position(NamedTuple):
-    """Where a stream of batches stands: a pass over the source, a block of shards in it, a batch in the block."""
+    """Where a stream of batches stands: a pass over the source, the shards of it that this process has read before the
+    block it is in, a batch in the block.
+    """
 
     epoch: int = 0
-    block: int = 0
+    shard: int = 0
     batch: int = 0
 
 
@@ -60,38 +63,46 @@ def mixed(
     source: RowSource,
     *,
     batch: int,
+    n: int | None = None,
     max_norm: Mapping[Site, float] = NO_LIMIT,
     block_tokens: int = 262_144,
     seed: int = 0,
     start: Position = Position(),
 ) -> Iterator[Batch]:
-    """Batches without end: blocks of shards, each shuffled as a whole, at all sites by the same permutation.
+    """``n`` batches, or batches without end: blocks of shards, each shuffled as a whole, at all sites by the same
+    permutation. No more shards are read than the ``n`` need.
 
-    A position is all it takes to go on where a stream stopped; only the block it stopped in is read again. Rows that
-    fill no batch at the end of a block are left out, and so are rows above ``max_norm`` at any site. Each of several
-    processes reads shards of its own. Raises EmptyData where a pass fills no batch.
+    A position, and how many batches are left, is all it takes to go on where a stream stopped; only the block it
+    stopped in is read again. Rows that fill no batch at the end of a block are left out, and so are rows above
+    ``max_norm`` at any site. Each of several processes reads shards of its own. Raises EmptyData where a pass fills no
+    batch.
     """
-    here = Processes.here()
-    per_block = max(1, block_tokens // source.shard_tokens)
-    position = start
-    while True:
+    here, per_block = Processes.here(), max(1, block_tokens // source.shard_tokens)
+    position, left = start, None if n is None else n + start.batch  # from the beginning of the block on
+    while left is None or left > 0:
         filled = position != Position(position.epoch)
-        shards = source.shards(position.epoch, here.rank + position.block * per_block * here.world, here.world)
-        while block := list(islice(shards, per_block)):
+        shards = source.shards(position.epoch, here.rank + position.shard * here.world, here.world)
+        while block := list(islice(shards, min(per_block, _shards_for(left, batch, source)))):
             rows = _joined(block, max_norm)
             generator = torch.Generator().manual_seed(_seed(seed + here.rank, position))
             order = torch.randperm(len(next(iter(rows.values()))), generator=generator)
-            for i in range(position.batch, len(order) // batch):
+            n_batches = len(order) // batch if left is None else min(len(order) // batch, left)
+            for i in range(position.batch, n_batches):
                 filled = True
                 chosen = order[i * batch : (i + 1) * batch]
                 yield Batch({site: x[chosen] for site, x in rows.items()}, position._replace(batch=i + 1))
-            position = Position(position.epoch, position.block + 1)
+            left = None if left is None else left - n_batches
+            position = Position(position.epoch, position.shard + len(block))
         if not filled:
             raise EmptyData(
                 f"process {here.rank} of {here.world} finds fewer than {batch} rows in a block of {per_block} shards: "
                 "harvest more text, or ask for smaller batches"
             )
         position = Position(position.epoch + 1)
+
+
+def _shards_for(left: int | None, batch: int, source: RowSource) -> int:
+    return sys.maxsize if left is None else -(-left * batch // source.shard_tokens)
 
 
 def _joined(block: list[Shard], max_norm: Mapping[Site, float]) -> Shard:
@@ -103,5 +114,5 @@ def _joined(block: list[Shard], max_norm: Mapping[Site, float]) -> Shard:
 
 
 def _seed(seed: int, position: Position) -> int:
-    digest = hashlib.sha256(f"{seed} {position.epoch} {position.block}".encode()).digest()
+    digest = hashlib.sha256(f"{seed} {position.epoch} {position.shard}".encode()).digest()
     return int.from_bytes(digest[:7], "little")

@@ -53,7 +53,8 @@ def stream(
 def n_rows(text: Sequence[int], bos_id: int | None, skip: Sequence[int] = ()) -> int:
     """How many rows ``stream`` gives of a text."""
     begins = skip and list(text[: len(skip)]) == list(skip)
-    return sum(token != bos_id for token in text[len(skip) if begins else 0 :])
+    rest = list(text[len(skip) if begins else 0 :])
+    return len(rest) - (0 if bos_id is None else rest.count(bos_id))
 
 
 def _begin_with(ids: Int[Tensor, "batch seq"], head: Sequence[int]) -> Bool[Tensor, " batch"]:

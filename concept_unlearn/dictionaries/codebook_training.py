@@ -42,7 +42,9 @@ class CodebookArchitecture(Architecture):
     loss: Loss = "aeloss"
     commitment: float = Field(0.25, ge=0)
     """b of ``vqvae`` and ``fullaeloss``."""
-    init: Literal["data", "kmeans", "random"] = "data"
+    train_encoder: bool = False
+    """Straight through the choice. On SmolLM2 usage collapsed under it; a fixed encoder is a random projection."""
+    init: Literal["data", "kmeans", "random"] = "kmeans"
     dead_after: int = Field(500, gt=0)
     """Steps without use after which a code is put on a random current input."""
 
@@ -65,7 +67,10 @@ class CodebookTrainee:
             model_name=job.model_name, model_fingerprint=job.model_fingerprint, seed=job.seed,
         ).to(job.device)  # fmt: skip
         _initialise(self._codebook, sample.float() / self._scale, architecture.init)
-        self._adam = torch.optim.Adam(self._codebook.parameters(), lr=job.lr)
+        for parameter in (self._codebook.W_enc, self._codebook.b_enc):
+            parameter.requires_grad_(architecture.train_encoder)
+        learned = [parameter for parameter in self._codebook.parameters() if parameter.requires_grad]
+        self._adam = torch.optim.Adam(learned, lr=job.lr)
         self._n_steps = 0
         self._idle = torch.zeros(architecture.n_codes, dtype=torch.long, device=job.device)
 

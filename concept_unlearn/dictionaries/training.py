@@ -112,11 +112,10 @@ class _Loop:
         training, trainees = self.training, self._start()
         self._resume(trainees)
         batches = mixed(
-            self.source, batch=training.batch // self.here.world, max_norm=self.max_norm,
-            block_tokens=training.block_tokens, seed=training.seed, start=self.position,
+            self.source, batch=training.batch // self.here.world, n=training.n_steps - self.step,
+            max_norm=self.max_norm, block_tokens=training.block_tokens, seed=training.seed, start=self.position,
         )  # fmt: skip
-        while self.step < training.n_steps:
-            batch = next(batches)
+        for batch in batches:
             losses = {site: self._step(site, trainee, batch.rows[site]) for site, trainee in trainees.items()}
             self.step, self.position = self.step + 1, batch.next
             last = self.step == training.n_steps
@@ -162,7 +161,7 @@ class _Loop:
         except NonFinite as error:
             kept = "the last checkpoint is kept" if self._checkpoint_path.is_file() else "there is no checkpoint yet"
             raise NonFinite(
-                f"{site}, step {self.step + 1} (after epoch {self.position.epoch}, block {self.position.block}, batch "
+                f"{site}, step {self.step + 1} (after epoch {self.position.epoch}, shard {self.position.shard}, batch "
                 f"{self.position.batch} of the rows): {error}; {kept}: try a lower learning rate, or look at that batch"
             ) from None
 

@@ -65,7 +65,7 @@ def forward(
     return Pass(output.logits[:, -keep:] if keep else output.logits, cache)
 
 
-def run_until_stopped(model: nn.Module, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]) -> None:
+def run_until_stopped(model: nn.Module, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None) -> None:
     """A pass whose logits nobody reads, cut short by ``hooks.stopping``."""
     with contextlib.suppress(Stopped):
         forward(model, ids, mask, keep=1)

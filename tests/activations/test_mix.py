@@ -75,3 +75,20 @@ def test_a_short_block_at_the_end_is_skipped():
     source = Counting(n_shards=5)
     found = list(islice(mixed(source, batch=16, block_tokens=40), 4))
     assert [b.next for b in found] == [Position(0, 0, 1), Position(0, 0, 2), Position(1, 0, 1), Position(1, 0, 2)]
+
+
+@pytest.mark.parametrize("n", [1, 3, 10, 11, 25, 47])
+def test_no_more_shards_are_read_than_the_batches_need(n):
+    source, read = Counting(), []
+    whole = source.shards
+    source.shards = lambda *a: (read.append(1) or shard for shard in whole(*a))
+    found = list(mixed(source, batch=4, n=n, block_tokens=40))
+    assert len(found) == n
+    assert len(read) == -(-n * 4 // 10)
+
+
+@pytest.mark.parametrize("stop", [1, 7, 10, 11, 23])
+def test_a_stream_of_so_many_batches_goes_on_too(stop):
+    whole = list(mixed(Counting(), batch=4, n=27, block_tokens=40))
+    rest = mixed(Counting(), batch=4, n=27 - stop, block_tokens=40, start=whole[stop - 1].next)
+    assert numbers(rest) == numbers(whole[stop:])

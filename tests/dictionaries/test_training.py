@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(store, tm
         return real(self, x * float("nan") if len(calls) == 25 else x)
 
     monkeypatch.setattr(SAETrainee, "step", step)
-    with pytest.raises(NonFinite, match=r"blocks\.0\.hook_resid_post, step 13 .*block.*the last checkpoint is kept"):
+    with pytest.raises(NonFinite, match=r"blocks\.0\.hook_resid_post, step 13 .*shard.*the last checkpoint is kept"):
         train_stored(store, tmp_path)
     tensors = load_file(tmp_path / "checkpoint.safetensors")
     assert all(t.isfinite().all() for t in tensors.values())
