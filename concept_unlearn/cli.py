@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = Console()
+console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first does the talking
 
 Config = Literal["run", "recipe"]
 
@@ -352,7 +352,7 @@ def _bars() -> Iterator[Callable[[str, int | None], Any]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=_is_follower()) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
 
         @contextmanager
         def track(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
@@ -362,11 +362,6 @@ def _bars() -> Iterator[Callable[[str, int | None], Any]]:
             progress.update(task, total=total or seen or 1, completed=total or seen or 1)
 
         yield track
-
-
-def _is_follower() -> bool:
-    """One of several processes, and not the first, which does the talking."""
-    return os.environ.get("RANK", "0") != "0"
 
 
 @contextmanager

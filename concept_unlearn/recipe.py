@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from .activations import Harvest, Live, RowSource, Store, harvest
+from .activations.processes import Processes
 from .component import Frozen
 from .config import ModelSpec
 from .data.corpus import Corpus, sequences
 from .dictionaries import Dictionary, Quality, Training, evaluate_dictionary, train
+from .errors import InvalidConfig
 from .files import write_atomically
 from .lm import LM, Site
 
@@ -63,8 +65,13 @@ def make(
     log: Callable[[int, Site, Mapping[str, float]], None] | None = None,
     tracker: Tracker | None = None,
 ) -> dict[Site, tuple[Dictionary, Quality | None]]:
-    """Harvest what is missing, train what is not trained, measure on the held-out text, and write a card for each."""
+    """Harvest what is missing, train what is not trained, measure on the held-out text, and write a card for each.
+
+    Of several processes the first measures and answers, the others return nothing.
+    """
     track = tracker or _silent
+    if recipe.training.evaluate_every and recipe.held_out is None:
+        raise InvalidConfig("training.evaluate_every needs held_out: text to evaluate on")
     lm = recipe.model.load()
     source: RowSource
     if recipe.store is None:
@@ -86,6 +93,8 @@ def make(
     made: dict[Site, tuple[Dictionary, Quality | None]] = {}
     for site, dictionary in trained.items():
         quality = None
+        if Processes.here().rank:
+            continue
         if held_out:
             with track(f"measure {site}", 3 * len(held_out)) as progress:
                 quality = evaluate_dictionary(lm, dictionary, held_out, progress=progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_run import config
@@ -53,15 +54,28 @@ def test_list_names_what_is_built_in():
         assert name in out
 
 
-def test_the_schema_is_json_and_the_committed_one_is_up_to_date():
-    from pathlib import Path
-
-    out = shell("schema")
-    committed = Path(__file__).parents[1] / "configs" / "run.schema.json"
-    assert json.loads(committed.read_text()) == json.loads(out)
+@pytest.mark.parametrize("what", ["run", "recipe"])
+def test_the_schema_is_json_and_the_committed_one_is_up_to_date(what):
+    committed = Path(__file__).parents[1] / "configs" / f"{what}.schema.json"
+    assert json.loads(committed.read_text()) == json.loads(shell("schema", what))
 
 
-@pytest.mark.parametrize("verb", ["run", "unlearn", "evaluate", "rank", "fetch", "list", "schema"])
+VERBS = (
+    "run",
+    "unlearn",
+    "evaluate",
+    "rank",
+    "fetch",
+    "list",
+    "schema",
+    "write",
+    "harvest",
+    "train",
+    "eval-dictionary",
+)
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb):
     assert "Usage" in shell(verb, "--help")
 

@@ -13,6 +13,7 @@ from test_cli import shell
 from concept_unlearn.cli import main
 from concept_unlearn.config import load_config
 from concept_unlearn.dictionaries import load_dictionary
+from concept_unlearn.errors import InvalidConfig
 from concept_unlearn.recipe import Recipe, make
 
 
@@ -80,7 +81,7 @@ def test_a_codebook_is_made_the_same_way(recipe, tmp_path):
         ("harvest.sites=[resid_post.9]", "layers 0 to 2"),
         ("harvest.context=1", "context"),
         ("training.architecture.kind=topkk", "Did you mean 'topk'"),
-        ("training.architecture.q=3", "topk has no 'q'; known: d_sae"),
+        ("training.architecture.q=3", "topk architecture has no 'q'; known: d_sae"),
         ("training.batch=100000", "fewer than 100000 rows"),
         ("modell=3", "recipe has no 'modell'"),
     ],
@@ -91,6 +92,11 @@ def test_what_cannot_be_done_is_one_readable_line(recipe, change, message, monke
         main()
     assert stopped.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_evaluation_while_training_needs_text_to_evaluate_on(recipe):
+    with pytest.raises(InvalidConfig, match="held_out"):
+        make(load_config(Recipe, recipe, ["training.evaluate_every=5", "held_out=null"]))
 
 
 def test_a_full_disk_is_one_readable_line(recipe, tmp_path, monkeypatch, capsys):

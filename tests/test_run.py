@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from concept_unlearn.config import load_config
 from concept_unlearn.errors import InvalidConfig, SiteNotFound, UnknownName
 from concept_unlearn.lm import LM
 from concept_unlearn.patches import load_patch
+from concept_unlearn.recipe import Recipe
 from concept_unlearn.run import Run, execute, load_run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -111,8 +114,9 @@ def test_a_change_of_what_matters_is_run_again(finished, workplace, tmp_path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_configs_that_come_with_the_project_are_valid(path):
-    assert path.read_text().startswith("# yaml-language-server: $schema=run.schema.json")
-    assert load_run(path).compare
+    schema = re.match(r"# yaml-language-server: \$schema=(\w+)\.schema\.json\n", path.read_text())
+    kind = {"run": Run, "recipe": Recipe}[schema[1]]
+    assert load_config(kind, path)
 
 
 def test_a_patch_that_was_deleted_is_made_again(finished, tmp_path):
