@@ -50,7 +50,8 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     lm = LM.load("smollm2")
-    corpus = Corpus.load(options.train)
+    paragraphs = [p for text in Corpus.load(options.train) for p in text.split("\n") if p.strip()]
+    corpus = Corpus.of(["\n".join(paragraphs[i : i + 50]) for i in range(0, len(paragraphs), 50)])
     texts = held_out_texts(lm, Corpus.load(options.held_out), context=CONTEXT, tokens=10_000)
     found: dict[str, Any] = {"tokens": options.tokens, "threads": torch.get_num_threads(), "dtype": str(lm.dtype)}
     found["harvest"] = harvest_alone(lm, corpus, options)
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def ours(lm: LM, corpus: Corpus, options: Any, folder: Path) -> None:
-    rows = Harvest(sites=(f"resid_post.{options.layer}",), context=CONTEXT, shard_tokens=16_384)
+    rows = Harvest(sites=(f"resid_post.{options.layer}",), context=CONTEXT, shard_tokens=8192)
     architecture = BatchtopkArchitecture(d_sae=options.d_sae, k=32, topk_threshold_lr=0.05)
     training = Training(
         architecture=architecture, tokens=options.tokens, batch=options.batch, lr=options.lr, block_tokens=65_536
@@ -103,8 +104,7 @@ def sae_lens(lm: LM, corpus: Corpus, options: Any, folder: Path) -> None:
         dtype="float32", n_checkpoints=0, checkpoint_path=None, output_path=str(folder), verbose=False, seed=0,
         logger=LoggingConfig(log_to_wandb=False),
     )  # fmt: skip
-    paragraphs = [p for text in corpus for p in text.split("\n") if p.strip()]
-    dataset = Dataset.from_dict({"text": paragraphs})
+    dataset = Dataset.from_dict({"text": list(corpus)})
     proxy = HookedProxyLM(copy.deepcopy(lm.model), lm.tokenizer, hook_names=[hook])
     LanguageModelSAETrainingRunner(config, override_dataset=dataset, override_model=proxy).run()
 
