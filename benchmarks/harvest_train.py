@@ -1,6 +1,7 @@
 """From text to a trained SAE: this package against SAELens' own runner, side by side in one run.
 
-    python benchmarks/harvest_train.py --train wikitext-2/test.txt --held-out wikitext-2/valid.txt
+    python benchmarks/harvest_train.py               # on the passages of the built-in concepts
+    python benchmarks/harvest_train.py --train wikitext-2/test.txt --held-out wikitext-2/valid.txt --json
 
 The same SmolLM2, site, text, architecture (BatchTopK), width, number of tokens and batch. SAELens runs
 LanguageModelSAETrainingRunner on the model in memory and a dataset in memory. Both dictionaries are then measured by
@@ -24,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from concept_unlearn import LM, Corpus, load_dictionary
+from concept_unlearn import LM, Corpus, Scope, concepts, load_dictionary
 from concept_unlearn.activations import Harvest, Live
 from concept_unlearn.activations.shards import cut, read
 from concept_unlearn.activations.stream import _batches
@@ -38,11 +39,11 @@ console = Console()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", required=True, help="text to train on, as a corpus")
-    parser.add_argument("--held-out", required=True)
+    parser.add_argument("--train", help="text to train on, as a corpus")
+    parser.add_argument("--held-out", help="text to measure on")
     parser.add_argument("--layer", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=200_000)
-    parser.add_argument("--d-sae", type=int, default=4608)
+    parser.add_argument("--tokens", type=int, default=150_000)
+    parser.add_argument("--d-sae", type=int, default=9216)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--pairs", type=int, default=5, help="rounds of the harvest against the bare forward")
@@ -50,9 +51,8 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     lm = LM.load("smollm2")
-    paragraphs = [p for text in Corpus.load(options.train) for p in text.split("\n") if p.strip()]
-    corpus = Corpus.of(["\n".join(paragraphs[i : i + 50]) for i in range(0, len(paragraphs), 50)])
-    texts = held_out_texts(lm, Corpus.load(options.held_out), context=CONTEXT, tokens=10_000)
+    corpus, held_out = corpora(options)
+    texts = held_out_texts(lm, held_out, context=CONTEXT, tokens=10_000)
     found: dict[str, Any] = {"tokens": options.tokens, "threads": torch.get_num_threads(), "dtype": str(lm.dtype)}
     found["harvest"] = harvest_alone(lm, corpus, options)
     for name, make in (("ours", ours), ("sae_lens", sae_lens)):
@@ -72,6 +72,18 @@ def main() -> None:
     show(found)
     if options.json:
         print(json.dumps(found))
+
+
+def corpora(options: Any) -> tuple[Corpus, Corpus]:
+    """Documents of some hundreds of words to train on, and others to measure on."""
+    if options.train and options.held_out:
+        paragraphs = [p for text in Corpus.load(options.train) for p in text.split("\n") if p.strip()]
+        documents = ["\n".join(paragraphs[i : i + 50]) for i in range(0, len(paragraphs), 50)]
+        return Corpus.of(documents), Corpus.load(options.held_out)
+    scopes = [Scope.load(name) for name in concepts()]
+    passages = [p.text for s in scopes for p in (*s.forget, *s.near)] + [p.text for p in scopes[0].retain]
+    kept = [text for i, text in enumerate(passages) if i % 20]
+    return Corpus.of(["\n".join(kept[i::200]) for i in range(200)]), Corpus.of(passages[::20])
 
 
 def ours(lm: LM, corpus: Corpus, options: Any, folder: Path) -> None:
