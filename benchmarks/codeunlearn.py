@@ -38,6 +38,9 @@ def main() -> None:
     parser.add_argument("--codes", type=int, nargs="+", default=[0, 8, 32, 128, 512])
     parser.add_argument("--mode", choices=("refill", "zero"), default="refill")
     parser.add_argument("--error", choices=("drop", "keep"), default="drop")
+    parser.add_argument(
+        "--strength", type=float, default=1.0, help="above 1: more than the codes' own share is taken out"
+    )
     parser.add_argument("--gate", choices=("always", "probe"), default="always")
     parser.add_argument(
         "--half", choices=("tune", "test"), default="test", help="of the probes; tune to choose settings"
@@ -74,7 +77,7 @@ def make(study: Study, options: Any) -> dict[str, Patch]:
             patches["0"] = CodebookPatch(codebook=codebook, error=options.error)
             continue
         ban = Ban(codebook=options.codebook, n=n, mode=options.mode, error=options.error, gate=gate)
-        patches[f"{n} of {passing}" if n == passing else str(n)] = ban.fit(study)
+        patches[f"{n} of {passing}" if n == passing else str(n)] = ban.fit(study).at(options.strength)
     return patches
 
 
