@@ -70,7 +70,7 @@ def mixed(
     start: Position = Position(),
 ) -> Iterator[Batch]:
     """``n`` batches, or batches without end: blocks of shards, each shuffled as a whole, at all sites by the same
-    permutation. No more shards are read than the ``n`` need.
+    permutation. No more shards are read than the ``n`` need; a block that fills no batch takes in the next shard.
 
     A position, and how many batches are left, is all it takes to go on where a stream stopped; only the block it
     stopped in is read again. Rows that fill no batch at the end of a block are left out, and so are rows above
@@ -84,8 +84,11 @@ def mixed(
         shards = source.shards(position.epoch, here.rank + position.shard * here.world, here.world)
         while block := list(islice(shards, min(per_block, _shards_for(left, batch, source)))):
             rows = _joined(block, max_norm)
+            while _n_rows(rows) < batch and (more := list(islice(shards, 1))):
+                block += more
+                rows = _joined(block, max_norm)
             generator = torch.Generator().manual_seed(_seed(seed + here.rank, position))
-            order = torch.randperm(len(next(iter(rows.values()))), generator=generator)
+            order = torch.randperm(_n_rows(rows), generator=generator)
             n_batches = len(order) // batch if left is None else min(len(order) // batch, left)
             for i in range(position.batch, n_batches):
                 filled = True
@@ -95,8 +98,8 @@ def mixed(
             position = Position(position.epoch, position.shard + len(block))
         if not filled:
             raise EmptyData(
-                f"process {here.rank} of {here.world} finds fewer than {batch} rows in a block of {per_block} shards: "
-                "harvest more text, or ask for smaller batches"
+                f"process {here.rank} of {here.world} finds fewer than {batch} rows to fill a batch in its whole "
+                "share: harvest more text, or ask for smaller batches"
             )
         position = Position(position.epoch + 1)
 
@@ -105,9 +108,13 @@ def _shards_for(left: int | None, batch: int, source: RowSource) -> int:
     return sys.maxsize if left is None else -(-left * batch // source.shard_tokens)
 
 
+def _n_rows(shard: Shard) -> int:
+    return len(next(iter(shard.values())))
+
+
 def _joined(block: list[Shard], max_norm: Mapping[Site, float]) -> Shard:
     joined = {site: torch.cat([shard[site] for shard in block]) for site in block[0]}
-    keep = torch.ones(len(next(iter(joined.values()))), dtype=torch.bool)
+    keep = torch.ones(_n_rows(joined), dtype=torch.bool)
     for site, limit in max_norm.items():
         keep &= joined[site].float().norm(dim=-1) <= limit
     return joined if keep.all() else {site: x[keep] for site, x in joined.items()}

@@ -1,12 +1,13 @@
 """Activations on disk: one safetensors file a shard, each whole or not there.
 
-index.json             what was asked for, of which model and which corpus
-00000.safetensors      site -> rows, in the order of the text
-00000.json             how many rows, the file's size and SHA-256, and whether it is the last
+``index.json`` says what was asked for, of which model and which corpus. ``00000.safetensors`` holds the rows of
+each site in the order of the text, ``00000.json`` how many they are, the file's size and SHA-256, and whether it is the
+last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as dump_tensors
 
@@ -137,7 +139,7 @@ def _claim(folder: Path, index: Index) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "index.json").is_file():
         have, want = _read_index(folder).model_dump(mode="json"), index.model_dump(mode="json")
-        if different := [key for key, _ in _flat(want).items() if _flat(have)[key] != _flat(want)[key]]:
+        if different := [key for key in _flat(want) if _flat(have)[key] != _flat(want)[key]]:
             key = different[0]
             raise InvalidConfig(
                 f"{folder} holds another harvest: its {key} is {_flat(have)[key]}, asked for is {_flat(want)[key]}; "
@@ -181,9 +183,11 @@ def _read_index(folder: Path) -> Index:
 
 
 def _entries(folder: Path) -> dict[int, Entry]:
+    """A shard whose entry cannot be read has none to vouch for it: it is missing."""
     found = {}
     for path in sorted(folder.glob("[0-9][0-9][0-9][0-9][0-9].json")):
-        found[int(path.stem)] = Entry.model_validate_json(path.read_bytes())
+        with contextlib.suppress(ValidationError):
+            found[int(path.stem)] = Entry.model_validate_json(path.read_bytes())
     return found
 
 

@@ -57,7 +57,8 @@ class Corpus:
         """
         sources = [source] if isinstance(source, str | Path) else list(source)
         paths = [Path(s).expanduser() for s in sources]
-        if len(sources) == 1 and not paths[0].exists() and str(source).count("/") == 1 and not paths[0].suffix:
+        missing = len(sources) == 1 and not paths[0].exists() and paths[0].suffix not in FILES
+        if missing and str(sources[0]).count("/") == 1:
             return cls._from_hub(str(sources[0]), field, split, subset, revision)
         files = [file for path in paths for file in _files(path)]
         return cls(

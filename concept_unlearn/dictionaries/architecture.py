@@ -26,7 +26,7 @@ class Job(NamedTuple):
     lr: float
     warm_up_steps: int
     decay_steps: int
-    """The last so many steps, in which the learning rate falls linearly to a tenth."""
+    """The last so many steps, in which the learning rate falls linearly: SAELens' to zero, a codebook's to a tenth."""
     seed: int
     device: torch.device
     max_norm: float

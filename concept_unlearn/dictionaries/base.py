@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import InvalidConfig
+from ..errors import DictionaryMismatch, InvalidConfig
 from ..lm import Site
 from .slice import Slice
 
@@ -48,6 +48,15 @@ class Dictionary(Protocol):
         """What an edit of these features needs. Raises NotExact where no slice is exact."""
 
     def to(self, device: torch.device) -> Dictionary: ...
+
+
+def check_width(reader: Dictionary | Slice, x: Float[Tensor, "*batch d"]) -> None:
+    """Raises DictionaryMismatch for an activation of another width than is read."""
+    if x.shape[-1] != reader.d_in:
+        what = getattr(reader, "name", "a feature's encoder")
+        raise DictionaryMismatch(
+            f"{what} reads {reader.d_in} numbers a token; {reader.site} of this model has {x.shape[-1]}"
+        )
 
 
 def check_features(features: Sequence[int], n_features: int, name: str) -> tuple[int, ...]:

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..component import Frozen
-from ..errors import EmptyData
+from ..errors import DictionaryMismatch, EmptyData
 from ..lm import LM, Context
-from .base import Dictionary
+from .base import Dictionary, check_width
 
 Progress = Callable[[int], None]
 
@@ -46,8 +46,13 @@ def evaluate_dictionary(
 ) -> Quality:
     """Three passes over encoded ``texts``: the model as it is, with the reconstruction, with nothing at the site.
 
-    ``progress`` hears of texts, three times. Raises EmptyData where no token is left.
+    ``progress`` hears of texts, three times. Raises EmptyData where no token is left, DictionaryMismatch for a
+    dictionary of another width and for a transcoder.
     """
+    if dictionary.site_out != dictionary.site:
+        raise DictionaryMismatch(
+            f"{dictionary.name} writes {dictionary.site_out}: it cannot stand in for {dictionary.site}"
+        )
     dictionary = dictionary.to(lm.device)
     sums = _Sums(dictionary)
     losses = [_loss(lm, dictionary, how, texts, batch_size, progress) for how in (sums.see, sums.splice, _zero)]
@@ -75,6 +80,7 @@ class _Sums:
         self.squares = torch.zeros(dictionary.d_in, dtype=torch.float64)
 
     def see(self, x: Float[Tensor, "tokens d"]) -> Tensor:
+        check_width(self._dictionary, x)
         acts = self._dictionary.encode(x)
         wide = x.double()
         self.n += len(x)

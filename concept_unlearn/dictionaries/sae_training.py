@@ -82,7 +82,7 @@ class BatchtopkArchitecture(_SAE):
 
 
 class MatryoshkaBatchtopkArchitecture(_SAE):
-    """BatchTopK whose first ``matryoshka_widths`` features also reconstruct alone (arXiv 2503.17547)."""
+    """BatchTopK whose first ``matryoshka_widths`` features also reconstruct alone, beside all (arXiv 2503.17547)."""
 
     matryoshka_widths: tuple[int, ...] = Field(min_length=1)
     k: float = Field(32, gt=0)
@@ -90,7 +90,10 @@ class MatryoshkaBatchtopkArchitecture(_SAE):
     aux_loss_coefficient: float = 1.0
 
     def options(self) -> dict[str, Any]:
-        return super().options() | {"matryoshka_widths": list(self.matryoshka_widths)}
+        widths = sorted({*self.matryoshka_widths, self.d_sae})
+        if not 0 < widths[0] <= widths[-1] == self.d_sae:
+            raise InvalidConfig(f"matryoshka_widths lie between 1 and d_sae {self.d_sae}; given: {widths[:-1]}")
+        return super().options() | {"matryoshka_widths": widths}
 
 
 class SAETrainee:

@@ -14,6 +14,7 @@ from ..data.encode import encode_text
 from ..data.examples import Passage
 from ..data.scope import Scope
 from ..dictionaries import Dictionary
+from ..dictionaries.base import check_width
 from ..errors import DictionaryMismatch, EmptyData
 from ..lm import LM, Site
 
@@ -183,11 +184,7 @@ def _fit(
 
 def check_fit(dictionary: Dictionary, x: Float[Tensor, "tokens d"]) -> None:
     """Raises DictionaryMismatch if the dictionary was plainly not made for these activations."""
-    if x.shape[-1] != dictionary.d_in:
-        raise DictionaryMismatch(
-            f"{dictionary.name} reads {dictionary.d_in} numbers a token; "
-            f"{dictionary.site} of this model has {x.shape[-1]}"
-        )
+    check_width(dictionary, x)
     if dictionary.site_out != dictionary.site:
         return  # a transcoder predicts another site: what it reads does not tell how well
     x = x.float()

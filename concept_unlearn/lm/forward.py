@@ -65,10 +65,11 @@ def forward(
     return Pass(output.logits[:, -keep:] if keep else output.logits, cache)
 
 
-def run_until_stopped(model: nn.Module, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None) -> None:
+def run_until_stopped(model: nn.Module, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]) -> None:
     """A pass whose logits nobody reads, cut short by ``hooks.stopping``."""
+    needless = not is_hooked(model) and bool(mask.all())  # attention is quicker without; TransformerLens guesses one
     with contextlib.suppress(Stopped):
-        forward(model, ids, mask, keep=1)
+        forward(model, ids, None if needless else mask, keep=1)
 
 
 def log_softmax(logits: Tensor) -> Float[Tensor, "... vocab"]:

@@ -155,7 +155,7 @@ class LM:
         with ExitStack() as stack:
             seen = stack.enter_context(self.read(*sites))
             stack.enter_context(self.stop_at(max(sites)))
-            run_until_stopped(self.model, ids, None if mask.all() else mask)  # attention is quicker without one
+            run_until_stopped(self.model, ids, mask)
         for site, x in seen.items():
             seen[site] = x = x.flatten(2)
             if not x[mask].isfinite().all():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,20 +9,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..dictionaries import Slice
+from ..dictionaries.base import check_width
 from ..dictionaries.codebook import Codebook, Mode, straight_through
-from ..dictionaries.sae import restore_slice
 from ..dictionaries.slice import Encoded
 from ..errors import InvalidConfig
-from ..gates import Always, Gate
+from ..gates import Always
 from ..lm import LM, Context, EditFn, Site
-from .base import Patch, Switch, check_strength
-from .opening import Opening, check_width
+from .activation import ActivationPatch, part, shared_fields
+from .base import Switch
+from .opening import Opening
 from .origin import Origin
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodebookPatch(Patch):
+class CodebookPatch(ActivationPatch):
     """x' = codebook(x without the banned codes), on content tokens let through (CodeUnlearn, arXiv 2410.10866).
 
     Padding, BOS and sink tokens are never touched. With no ban it is the codebook model (``error="drop"``) or the
@@ -39,16 +37,10 @@ class CodebookPatch(Patch):
     error: Literal["drop", "keep"] = "drop"
     """``drop``: the stream is what the codebook writes. ``keep``: what it cannot write stays, x' = x + out(banned) -
     out(none), and a token that chooses no banned code stays bit-identical."""
-    gate: Gate = Always()
-    sensor: Slice | None = None
-    """What the gate reads; by default the banned codes."""
-    strength: float = 1.0
-    origin: Origin | None = None
     kind = "codebook"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gate", Gate.parse(self.gate))
-        check_strength(self.strength)
+        self.check(self.codebook.site)
         codebook, mode = self.codebook, self.mode
         if any(parameter.requires_grad for parameter in codebook.parameters()):
             codebook = codebook.frozen()
@@ -67,51 +59,25 @@ class CodebookPatch(Patch):
             raise InvalidConfig(
                 f"a {self.gate.kind} gate counts the banned codes, and this patch holds none: give sensor="
             )
-        if self.sensor is not None and self.sensor.site > codebook.site:
-            raise InvalidConfig(
-                f"the gate reads {self.sensor.site}, which the model computes after the edit at {codebook.site}"
-            )
 
-    @contextmanager
-    def on(self, lm: LM) -> Iterator[Switch]:
-        switch = Switch()
-        if self.strength == 0:
-            yield switch
-            return
-        with lm.edit(_Application(self, lm, switch).edits()):
-            yield switch
+    def edits(self, lm: LM, switch: Switch) -> dict[Site, EditFn]:
+        return _Application(self, lm, switch).edits()
 
     def spec(self) -> dict[str, Any]:
-        return {
-            "strength": self.strength,
-            "banned": list(self.banned),
-            "mode": self.mode,
-            "error": self.error,
-            "gate": self.gate.spec(),
-            "codebook": self.codebook.spec(),
-            "sensor": None if self.sensor is None else self.sensor.spec(),
-        }
+        own = {"banned": list(self.banned), "mode": self.mode, "error": self.error, "codebook": self.codebook.spec()}
+        return super().spec() | own
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {f"codebook.{name}": t for name, t in self.codebook.state_dict().items()}
-        if self.sensor is not None:
-            found |= {f"sensor.{name}": t for name, t in self.sensor.tensors().items()}
-        return found
+        return super().tensors() | {f"codebook.{name}": t for name, t in self.codebook.state_dict().items()}
 
     @classmethod
     def restore(cls, spec: dict[str, Any], tensors: dict[str, Tensor], origin: Origin | None) -> CodebookPatch:
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
         return cls(
-            codebook=Codebook.restore(spec["codebook"], part("codebook.")),
+            codebook=Codebook.restore(spec["codebook"], part(tensors, "codebook.")),
             banned=tuple(spec["banned"]),
             mode=spec["mode"],
             error=spec["error"],
-            gate=Gate.parse(spec["gate"]),
-            sensor=None if spec["sensor"] is None else restore_slice(spec["sensor"], part("sensor.")),
-            strength=spec["strength"],
-            origin=origin,
+            **shared_fields(spec, tensors, origin),
         )
 
 
@@ -147,7 +113,7 @@ class _Application:
 
     def _edited(self, x: Float[Tensor, "batch seq d"], context: Context) -> Float[Tensor, "batch seq d"]:
         patch = self._patch
-        check_width(self._codebook.site, self._codebook.d_in, x)
+        check_width(self._codebook, x)
         if self._codebook.codes.device != x.device:
             self._place(self._codebook, x.device)
         codebook, wide = self._codebook, x.float()

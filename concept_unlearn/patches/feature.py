@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 from typing import Any
 
@@ -12,18 +11,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..dictionaries import Dictionary, Slice, as_dictionary
+from ..dictionaries.base import check_width
 from ..dictionaries.sae import restore_slice
 from ..edits import Clamp, Edit
 from ..errors import InvalidConfig
-from ..gates import Always, Gate
 from ..lm import LM, Context, EditFn, Site
-from .base import Patch, Switch, check_strength
-from .opening import Opening, check_width
+from .activation import ActivationPatch, part, shared_fields
+from .base import Switch
+from .opening import Opening
 from .origin import Origin
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturePatch(Patch):
+class FeaturePatch(ActivationPatch):
     """x' = x + strength * sum_i (t_i - a_i) W_dec[i] over the chosen features, on content tokens let through.
 
     Given a ``dictionary`` (also a SAELens SAE) and its ``features``, or several and their lists, or ready
@@ -34,11 +34,6 @@ class FeaturePatch(Patch):
     features: InitVar[Sequence[int] | Sequence[Sequence[int]] | None] = None
     slices: tuple[Slice, ...] = ()
     edit: Edit = Clamp()
-    gate: Gate = Always()
-    sensor: Slice | None = None
-    """What the gate reads; by default the chosen features of the shallowest site."""
-    strength: float = 1.0
-    origin: Origin | None = None
     kind = "feature"
 
     def __post_init__(self, dictionary: Any, features: Any) -> None:
@@ -47,54 +42,28 @@ class FeaturePatch(Patch):
             raise InvalidConfig("a feature patch needs dictionary=... and features=..., or slices=...")
         object.__setattr__(self, "slices", tuple(sorted(slices, key=lambda s: s.site)))
         object.__setattr__(self, "edit", Edit.parse(self.edit))
-        object.__setattr__(self, "gate", Gate.parse(self.gate))
-        check_strength(self.strength)
-        first = min(s.site_out for s in self.slices)
-        if self.sensor is not None and self.sensor.site > first:
-            raise InvalidConfig(
-                f"the gate reads {self.sensor.site}, which the model computes after the edit at {first}"
-            )
+        self.check(min(s.site_out for s in self.slices))
 
     @property
     def sites(self) -> tuple[Site, ...]:
         return tuple(s.site for s in self.slices)
 
-    @contextmanager
-    def on(self, lm: LM) -> Iterator[Switch]:
-        switch = Switch()
-        if self.strength == 0:
-            yield switch
-            return
-        with lm.edit(_Application(self, lm, switch).edits()):
-            yield switch
+    def edits(self, lm: LM, switch: Switch) -> dict[Site, EditFn]:
+        return _Application(self, lm, switch).edits()
 
     def spec(self) -> dict[str, Any]:
-        return {
-            "strength": self.strength,
-            "edit": self.edit.spec(),
-            "gate": self.gate.spec(),
-            "slices": [s.spec() for s in self.slices],
-            "sensor": None if self.sensor is None else self.sensor.spec(),
-        }
+        return super().spec() | {"edit": self.edit.spec(), "slices": [s.spec() for s in self.slices]}
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {f"slice{i}.{name}": t for i, s in enumerate(self.slices) for name, t in s.tensors().items()}
-        if self.sensor is not None:
-            found |= {f"sensor.{name}": t for name, t in self.sensor.tensors().items()}
-        return found
+        own = {f"slice{i}.{name}": t for i, s in enumerate(self.slices) for name, t in s.tensors().items()}
+        return super().tensors() | own
 
     @classmethod
     def restore(cls, spec: dict[str, Any], tensors: dict[str, Tensor], origin: Origin | None) -> FeaturePatch:
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
         return cls(
-            slices=tuple(restore_slice(s, part(f"slice{i}.")) for i, s in enumerate(spec["slices"])),
+            slices=tuple(restore_slice(s, part(tensors, f"slice{i}.")) for i, s in enumerate(spec["slices"])),
             edit=Edit.parse(spec["edit"]),
-            gate=Gate.parse(spec["gate"]),
-            sensor=None if spec["sensor"] is None else restore_slice(spec["sensor"], part("sensor.")),
-            strength=spec["strength"],
-            origin=origin,
+            **shared_fields(spec, tensors, origin),
         )
 
 
@@ -138,7 +107,7 @@ class _Application:
         """What is to be added, in float32; None where that is nothing at all."""
         patch = self._patch
         chosen = self._slices[i] = self._slices[i].to(x.device)
-        check_width(chosen.site, chosen.d_in, x)
+        check_width(chosen, x)
         acts, scale = chosen.encode(x)
         norm = x.float().norm(dim=-1, keepdim=True)
         tokens = context.tokens & (norm[..., 0] <= chosen.max_norm)

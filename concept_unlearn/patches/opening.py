@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..dictionaries import Slice
-from ..errors import DictionaryMismatch
+from ..dictionaries.base import check_width
 from ..gates import Gate, Signal
 from ..lm import Context, Site
 
@@ -28,7 +28,7 @@ class Opening:
     def sense(self, x: Float[Tensor, "batch seq d"], context: Context) -> None:
         """The activation at the sensor's site."""
         assert self._sensor is not None
-        check_width(self._sensor.site, self._sensor.d_in, x)
+        check_width(self._sensor, x)
         tokens = context.text & (x.float().norm(dim=-1) <= self._sensor.max_norm)
         self._open = self._gate(Signal(self._sensor.encode(x).acts, tokens, context.prompt), context.memory)
 
@@ -41,9 +41,3 @@ class Opening:
             self._open = self._gate(Signal(acts, seen, context.prompt), context.memory)
         assert self._open is not None
         return self._open.to(acts.device)
-
-
-def check_width(site: Site, d_in: int, x: Tensor) -> None:
-    """Raises DictionaryMismatch."""
-    if x.shape[-1] != d_in:
-        raise DictionaryMismatch(f"features at {site} read {d_in} numbers a token; this model has {x.shape[-1]}")

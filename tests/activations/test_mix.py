@@ -65,7 +65,7 @@ def test_sinks_at_any_site_are_left_out():
 
 
 def test_too_few_rows_for_a_batch_are_an_error_and_no_endless_loop():
-    with pytest.raises(EmptyData, match="fewer than 100 rows in a block of 1 shards"):
+    with pytest.raises(EmptyData, match="fewer than 100 rows"):
         next(mixed(Counting(), batch=100, block_tokens=10))
     with pytest.raises(EmptyData, match="harvest"):
         next(mixed(Counting(n_shards=0), batch=4))
@@ -92,3 +92,21 @@ def test_a_stream_of_so_many_batches_goes_on_too(stop):
     whole = list(mixed(Counting(), batch=4, n=27, block_tokens=40))
     rest = mixed(Counting(), batch=4, n=27 - stop, block_tokens=40, start=whole[stop - 1].next)
     assert numbers(rest) == numbers(whole[stop:])
+
+
+@pytest.mark.parametrize("batch", [10, 19, 20, 25])
+def test_a_batch_as_large_as_a_shard_is_filled_from_the_next_one_where_sinks_were_left_out(batch):
+    """Rows 1 and 2 are sinks, so the first shard alone falls short; the last batches take single shards."""
+
+    class Sinking(Counting):
+        def shards(self, epoch, start, step):
+            for shard in super().shards(epoch, start, step):
+                first = shard[A][:, 0] % 10 <= 2
+                yield {site: torch.where(first[:, None], 1e6, x) for site, x in shard.items()}
+
+    limits = {A: 1e5, B: 1e5}
+    whole = list(mixed(Sinking(), batch=batch, n=9, max_norm=limits, block_tokens=10))
+    assert len(whole) == 9
+    assert all(b.rows[A].max() < 1e5 for b in whole)
+    rest = mixed(Sinking(), batch=batch, n=5, max_norm=limits, block_tokens=10, start=whole[3].next)
+    assert numbers(rest) == numbers(whole[4:])

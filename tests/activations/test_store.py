@@ -71,14 +71,15 @@ def test_only_what_is_missing_is_made_again(tmp_path, monkeypatch):
     altered = bytearray(before["00004.safetensors"])
     altered[-1] ^= 1
     (tmp_path / "store" / "00004.safetensors").write_bytes(bytes(altered))
-    with pytest.raises(CorruptArtifact, match="shard 2 missing or truncated"):
+    (tmp_path / "store" / "00005.json").write_bytes(before["00005.json"][:20])
+    with pytest.raises(CorruptArtifact, match="shard 2, 5 missing or truncated"):
         Store(tmp_path / "store")
     made = []
     from concept_unlearn.activations import store as room
 
     monkeypatch.setattr(room, "read", lambda lm, texts, *a, **k: made.append(texts.number) or read(lm, texts, *a, **k))
     fill(tmp_path / "store")
-    assert made == [2, 4]
+    assert made == [2, 4, 5]
     assert content(tmp_path / "store") == before
 
 

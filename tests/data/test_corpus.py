@@ -64,3 +64,9 @@ def test_a_corpus_without_documents_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(EmptyData, match=r"a\.jsonl"):
         list(Corpus.load(tmp_path / "a.jsonl"))
+
+
+def test_a_dataset_of_the_hub_may_have_a_dot_in_its_name():
+    corpus = Corpus.load("nobody/text-v1.5")
+    assert corpus.name == "nobody/text-v1.5"
+    assert corpus.fingerprint != Corpus.load("nobody/text-v1.5", split="test").fingerprint

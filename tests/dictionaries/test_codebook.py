@@ -76,6 +76,12 @@ class TestSelection:
         assert all_tied.any()
         assert (ids[all_tied] == torch.tensor([4, 5, 6])).all()
 
+    def test_codes_that_change_are_compared_as_they_are_now(self):
+        codebook, z = make(), make().hidden(X)
+        before = codebook.similarity(z)
+        codebook.codes.copy_(codebook.codes.flip(0))
+        torch.testing.assert_close(codebook.similarity(z), before.flip(-1))
+
     def test_nothing_read_is_no_similarity_and_the_first_codes(self):
         codebook = make()
         codebook.b_enc.fill_(-1e6)

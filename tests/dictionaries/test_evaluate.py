@@ -10,7 +10,7 @@ from workers import tiny_corpus
 from concept_unlearn import SAEDictionary
 from concept_unlearn.data.corpus import sequences
 from concept_unlearn.dictionaries import evaluate_dictionary
-from concept_unlearn.errors import EmptyData
+from concept_unlearn.errors import DictionaryMismatch, EmptyData
 
 
 @pytest.fixture
@@ -64,3 +64,12 @@ def test_nothing_left_to_measure_is_an_error(lm):
     sae.cfg.metadata.max_norm = 1e-9
     with pytest.raises(EmptyData):
         evaluate_dictionary(lm, SAEDictionary(sae), [[7, 8, 9]])
+
+
+def test_a_dictionary_that_cannot_stand_in_is_refused(lm, texts):
+    transcoder = make_sae("transcoder", d_out=lm.d_model, hook_name="blocks.1.ln2.hook_normalized",
+                          hook_name_out="blocks.1.hook_mlp_out")  # fmt: skip
+    with pytest.raises(DictionaryMismatch, match="cannot stand in for"):
+        evaluate_dictionary(lm, SAEDictionary(transcoder), texts)
+    with pytest.raises(DictionaryMismatch, match="reads 24 numbers a token"):
+        evaluate_dictionary(lm, SAEDictionary(make_sae(d_in=24)), texts)

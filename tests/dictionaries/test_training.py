@@ -46,7 +46,7 @@ ARCHITECTURES = [
     JumpreluArchitecture(d_sae=24, l0_warm_up_steps=5),
     TopkArchitecture(d_sae=24, k=3, dead_after=3),
     BatchtopkArchitecture(d_sae=24, k=3, dead_after=3),
-    MatryoshkaBatchtopkArchitecture(d_sae=24, k=3, matryoshka_widths=(8, 24), dead_after=3),
+    MatryoshkaBatchtopkArchitecture(d_sae=24, k=3, matryoshka_widths=(8,), dead_after=3),
 ]
 
 
@@ -145,16 +145,18 @@ def test_it_learns_what_the_rows_are_made_of():
     assert missed < 0.05
 
 
+@pytest.mark.parametrize("low", [0.0, 1e9], ids=["first batch", "later batch of small values"])
+@pytest.mark.parametrize("k", [3, 20], ids=lambda k: f"k {k}")
 @pytest.mark.parametrize("n_dead", [0, 5, 20])
-@pytest.mark.parametrize(
-    "architecture", [TopkArchitecture(d_sae=24, k=3), BatchtopkArchitecture(d_sae=24, k=3)], ids=kind
-)
-def test_our_quick_topk_has_the_losses_and_gradients_of_saelens(architecture, n_dead):
+@pytest.mark.parametrize("member", [TopkArchitecture, BatchtopkArchitecture], ids=lambda m: m.kind)
+def test_our_quick_topk_has_the_losses_and_gradients_of_saelens(member, n_dead, k, low):
+    """Also where more may win than are positive, and whatever the last batch left behind."""
     from sae_lens.registry import get_sae_training_class
     from sae_lens.saes.sae import TrainStepInput
 
-    ours = architecture(job(), sparse_rows(200))._sae.double()
-    theirs = get_sae_training_class(architecture.kind)[0](ours.cfg).double()
+    ours = member(d_sae=24, k=k)(job(), sparse_rows(200))._sae.double()
+    ours.low = low
+    theirs = get_sae_training_class(member.kind)[0](ours.cfg).double()
     theirs.load_state_dict(ours.state_dict())
     ours.cfg.dtype = theirs.cfg.dtype = "float64"
     ours.dtype = theirs.dtype = torch.float64
@@ -267,6 +269,9 @@ def test_settings_that_cannot_be_are_refused(store, tmp_path):
         Architecture.parse({"kind": "topk"})
     with pytest.raises(InvalidConfig, match="k 32 is more than d_sae 8"):
         train(Store(store), tiny_training(architecture=TopkArchitecture(d_sae=8)), tmp_path)
+    widths = MatryoshkaBatchtopkArchitecture(d_sae=24, k=3, matryoshka_widths=(8, 30))
+    with pytest.raises(InvalidConfig, match="matryoshka_widths lie between 1 and d_sae 24"):
+        train(Store(store), tiny_training(architecture=widths), tmp_path / "c")
     with pytest.raises(EmptyData, match="fewer than"):
         train(Store(store), tiny_training(batch=10**6), tmp_path / "b")
 

@@ -295,7 +295,10 @@ class TestBadInput:
 
     def test_a_codebook_of_another_width(self, lm, ids):
         patch = CodebookPatch(codebook=make(d_in=24))
-        with pytest.raises(DictionaryMismatch, match="read 24 numbers a token; this model has 16"), patch.on(lm):
+        with (
+            pytest.raises(DictionaryMismatch, match=r"reads 24 numbers a token; blocks\..* of this model has 16"),
+            patch.on(lm),
+        ):
             lm.logits(ids)
         assert n_hooks(lm.model) == 0
 

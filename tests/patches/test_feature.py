@@ -378,7 +378,10 @@ class TestCompile:
 class TestBadInput:
     def test_a_dictionary_of_another_width(self, lm, ids):
         patch = FeaturePatch(dictionary=make_sae("standard", d_in=24), features=FEATURES)
-        with pytest.raises(DictionaryMismatch, match="read 24 numbers a token; this model has 16"), patch.on(lm):
+        with (
+            pytest.raises(DictionaryMismatch, match=r"reads 24 numbers a token; blocks\..* of this model has 16"),
+            patch.on(lm),
+        ):
             lm.logits(ids)
         assert n_hooks(lm.model) == 0
 
