@@ -10,6 +10,7 @@ ConceptUnlearnError
 ├── InvalidData             a data file, probe or passage that cannot be used
 │   └── EmptyData           nothing to measure, score or train on
 ├── NonFinite               NaN or infinity where a number was needed
+├── Diverged                a training that destroys what it should keep
 ├── PatchMismatch           a patch made for another base model
 ├── PatchNotReached         an edit that no longer reaches its site
 ├── CorruptArtifact         a saved file that is truncated, altered or incomplete
@@ -61,6 +62,9 @@ class EmptyData(InvalidData): ...
 
 
 class NonFinite(ConceptUnlearnError, ArithmeticError): ...
+
+
+class Diverged(ConceptUnlearnError, ArithmeticError): ...
 
 
 class PatchMismatch(ConceptUnlearnError, ValueError): ...

@@ -30,7 +30,11 @@ def main() -> None:
     parser.add_argument(
         "--dictionary", nargs="+", default=list(shipped()), help="of SAELens, a folder or shipped; one a site"
     )
-    parser.add_argument("--preset", choices=PRESETS, help="a published recipe; what is given besides it wins")
+    parser.add_argument(
+        "--preset",
+        choices=[n for n, row in PRESETS.items() if row["kind"] == "suppress"],
+        help="a published recipe; what is given besides it wins",
+    )
     parser.add_argument("--score", help="how features are chosen, by name or as YAML")
     parser.add_argument("--n", type=int, help="features of each dictionary")
     parser.add_argument("--edit", help="what is done to them, by name or as YAML")

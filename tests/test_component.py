@@ -9,14 +9,16 @@ from concept_unlearn.errors import InvalidConfig, UnknownName
 from concept_unlearn.features import Score
 from concept_unlearn.gates import Gate
 from concept_unlearn.methods import Method, Steer, Suppress
+from concept_unlearn.objectives import Objective
 
-FAMILIES: list[type[Component]] = [Edit, Gate, Score, Method]
+FAMILIES: list[type[Component]] = [Edit, Gate, Score, Method, Objective]
 REQUIRED = {
     "scale": {"by": -6.0},
     "shift": {"by": -1.0},
     "suppress": {"dictionaries": ("a",)},
     "steer": {"sites": ("resid_post.1",)},
     "ban": {"codebook": "a"},
+    "finetune": {"objectives": ("ga",)},
 }
 MEMBERS = [(family, member) for family in FAMILIES for member in family.members.values()]
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import concept_unlearn
-from concept_unlearn import Architecture, Edit, Gate, Method, Score
+from concept_unlearn import Architecture, Edit, Gate, Method, Objective, Score
 from concept_unlearn.edits import Relative
 
 EXPORTED = [
@@ -22,13 +22,16 @@ EXPORTED = [
     "EnrichmentScore", "FisherScore", "MeanDifferenceScore", "Score", "SelectivityScore", "SparsityScore", "Stats",
     "attribute", "difference_of_means", "leace", "matched_frequency", "measure", "measure_all", "select",
     "fit_gate", "Always", "Gate", "ProbeGate", "SequenceGate", "StreamingGate", "TokenGate", "LM", "Site",
-    "PRESETS", "Method", "Steer", "Suppress", "preset", "FeaturePatch", "Patch", "Stack", "load_patch", "Report",
+    "PRESETS", "Finetune", "PrimalDual", "Watch", "Method", "Steer", "Suppress", "preset", "FeaturePatch", "Patch", "Stack", "WeightPatch",
+    "load_patch", "merge", "Report",
     "Run", "execute", "load_run", "Corpus", "Harvest", "Live", "Store", "harvest", "Training", "train", "Recipe",
     "evaluate_dictionary", "Architecture", "Codebook", "CodebookPatch", "Ban", "StandardArchitecture",
     "GatedArchitecture", "JumpreluArchitecture", "TopkArchitecture", "BatchtopkArchitecture",
     "MatryoshkaBatchtopkArchitecture", "CodebookArchitecture",
+    "Objective", "GA", "WGA", "SatImp", "Hinge", "CappedGA", "TemperatureGA", "NPO", "TNPO", "WTNPO", "SimNPO", "DPO",
+    "IDK", "ME", "UNDIAL", "CEU", "Margin", "RMU", "RetainNLL", "RetainKL", "RetainEmbedding", "AnswerPreservation",
 ]  # fmt: skip
-FAMILIES = [Edit, Gate, Score, Method, Architecture]
+FAMILIES = [Edit, Gate, Score, Method, Architecture, Objective]
 MEMBERS = [(family, member) for family in FAMILIES for member in family.members.values()]
 GIVEN = {
     "scale": {"by": -6.0},
@@ -38,6 +41,7 @@ GIVEN = {
     "ban": {"codebook": "a", "n": 3, "mode": "zero"},
     **{kind: {"d_sae": 8} for kind in ("standard", "gated", "jumprelu", "topk", "batchtopk")},
     "matryoshka_batchtopk": {"d_sae": 8, "matryoshka_widths": (2, 8)},
+    "finetune": {"objectives": ({"kind": "npo", "beta": 0.5}, "retain_nll"), "lr": 2e-5, "watch": {"keep": 0.9}},
     "steer": {"sites": ("resid_post.1",), "edit": {"kind": "shift", "by": -2}},
 }
 

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from conftest import make_hf, make_tokenizer, words
 
-from concept_unlearn import LM, Corpus
+from concept_unlearn import LM, Corpus, Scope
 from concept_unlearn.activations import Harvest, Live, Store, harvest
 from concept_unlearn.dictionaries import TopkArchitecture, Training, train
+from concept_unlearn.methods import Finetune
+from concept_unlearn.objectives import GA, RetainNLL
 
 SITES = ("resid_post.0", "resid_post.1")
 
@@ -55,6 +57,34 @@ def train_stored(store: Path, output: Path) -> None:
 def train_live(output: Path) -> None:
     torch.set_num_threads(1)
     train(Live(tiny_lm(), tiny_corpus(), tiny_harvest()), tiny_training(), output)
+
+
+def tiny_scope(n: int = 10) -> Scope:
+    """Questions and answers of unequal lengths, and two plain texts to keep."""
+    rng = random.Random(3)
+
+    def pairs(count: int, pool: range) -> list[dict[str, str]]:
+        return [
+            {"prompt": words(*rng.choices(pool, k=2)), "text": words(*rng.choices(pool, k=rng.randint(1, 6)))}
+            for _ in range(count)
+        ]
+
+    kept = [*pairs(18, range(8, 28)), words(9, 10), words(11, 12)]
+    return Scope.of("tiny", forget=pairs(n, range(30, 46)), retain=kept, out_far=[])
+
+
+def tiny_finetune(**changes: Any) -> Finetune:
+    settings = {"objectives": (GA(), RetainNLL()), "lr": 3e-3, "epochs": 3, "batch_size": 4, "micro_batch": 4}
+    return Finetune(**settings | changes)
+
+
+def finetune_in(folder: Path) -> None:
+    """Its checkpoints and log, and ``patch`` when it is done."""
+    torch.set_num_threads(1)
+    lm, method = tiny_lm(), tiny_finetune(epochs=20, micro_batch=1, checkpoint_every=3)
+    patch = method(lm, tiny_scope(), folder=folder)
+    if os.environ.get("RANK", "0") == "0":
+        patch.save(folder / "patch", lm)
 
 
 def peak_memory(n_shards: int, answer: Any) -> None:

@@ -43,6 +43,11 @@ class Processes(NamedTuple):
             distributed.all_reduce(tensor)
             tensor /= self.world
 
+    def sum(self, tensor: Tensor) -> None:
+        """In place, over all processes."""
+        if self.world > 1:
+            distributed.all_reduce(tensor)
+
     def smallest(self, tensor: Tensor) -> None:
         """In place, over all processes."""
         if self.world > 1:

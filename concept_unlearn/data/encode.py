@@ -13,6 +13,7 @@ from ..errors import InvalidConfig, InvalidData
 
 _TEMPLATE_DATE = "01 Jan 2025"  # some templates print today's date; ours never changes from day to day
 _ANCHORS = ("\n", ":", "a")
+_REPLY = "moonlight"
 
 
 class Padded(NamedTuple):
@@ -79,6 +80,17 @@ def encode_answer(tokenizer: Any, answer: str, *, after_space: bool) -> list[int
         if whole[: len(head)] == head and len(whole) > len(head):
             return whole[len(head) :]
     return _plain(tokenizer, text)
+
+
+def end_of_answer(tokenizer: Any) -> list[int]:
+    """The one token that ends a reply: the template's end of turn, or the tokenizer's EOS; none where there is none."""
+    if has_chat_template(tokenizer):
+        turns = [{"role": "user", "content": "sun"}, {"role": "assistant", "content": _REPLY}]
+        rendered: str = tokenizer.apply_chat_template(turns, tokenize=False, date_string=_TEMPLATE_DATE)
+        tail = _plain(tokenizer, rendered.rpartition(_REPLY)[2].strip())
+        if tail:
+            return tail[:1]
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def pad(rows: Sequence[Sequence[int]], *, side: Literal["left", "right"], device: torch.device | str = "cpu") -> Padded:

@@ -23,6 +23,8 @@ class Passage(Frozen):
     text: str
     prompt: str | None = None
     """The user's message that the text replies to; none for plain prose."""
+    alternates: tuple[str, ...] = ()
+    """Other replies, plausible and wrong, for methods that teach one in place of the text."""
 
     @field_validator("text")
     @classmethod

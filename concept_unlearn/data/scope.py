@@ -14,6 +14,7 @@ A passage is ``{"text", "prompt"?}``, a probe ``{"prompt", "answers", "distracto
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -165,12 +166,19 @@ def _deal(examples: tuple[T, ...]) -> tuple[tuple[T, ...], tuple[T, ...]]:
 
 
 def _check_disjoint(scope: Scope) -> None:
-    """No prompt may be both in and out of scope, and no passage both to forget and to keep."""
+    """No prompt may be both in and out of scope; a passage both to forget and to keep is worth a warning."""
     inside = {normalise(p.prompt): p.prompt for name in IN_SCOPE for p in getattr(scope, name)}
     outside = {normalise(p.prompt) for name in OUT_OF_SCOPE for p in getattr(scope, name)}
     if both := sorted(inside.keys() & outside):
         raise InvalidData(f"scope {scope.name!r}: {inside[both[0]]!r} is asked both in and out of scope")
-    forget = {normalise(p.text): p.text for p in scope.forget}
-    keep = {normalise(p.text) for p in (*scope.near, *scope.retain)}
-    if both := sorted(forget.keys() & keep):
-        raise InvalidData(f"scope {scope.name!r}: a passage is both to forget and to keep: {forget[both[0]][:60]!r}")
+    keep = {_content(p) for p in (*scope.near, *scope.retain)}
+    if shared := [p for p in scope.forget if _content(p) in keep]:
+        warnings.warn(
+            f"scope {scope.name!r}: {len(shared)} of {len(scope.forget)} passages to forget are also to be kept, such "
+            f"as {(shared[0].prompt or shared[0].text)[:60]!r}",
+            stacklevel=4,
+        )
+
+
+def _content(passage: Passage) -> tuple[str, str]:
+    return normalise(passage.prompt or ""), normalise(passage.text)

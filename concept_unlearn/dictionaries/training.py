@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from ..activations.mix import Position, RowSource, mixed
 from ..activations.processes import Processes
 from ..component import Frozen
-from ..errors import CorruptArtifact, InvalidConfig, NonFinite
-from ..files import write_atomically
+from ..errors import InvalidConfig, NonFinite
+from ..journal import Journal
 from ..lm import Site
 from .architecture import Architecture, Job, Trainee
 from .base import Dictionary
@@ -95,13 +90,18 @@ class _Loop:
         self.source, self.training, self.output, self.device = source, training, output, device
         self.evaluate, self.log, self.progress = evaluate, log, progress
         self.here = Processes.here()
+        what = {
+            "processes": self.here.world, "model": source.model_name, "rows": source.key,
+            "training": training.model_dump(mode="json", exclude={"checkpoint_every", "evaluate_every"}),
+        }  # fmt: skip
+        self.journal = Journal(output, what, name="training")
         self.step = 0
         self.position = Position()
         if training.batch % self.here.world:
             raise InvalidConfig(f"a batch of {training.batch} rows cannot be shared by {self.here.world} processes")
 
     def run(self) -> dict[Site, Dictionary]:
-        self._claim()
+        self.journal.claim()
         folders = {site: self.output / str(site) for site in self.source.sites}
         if not all((folder / "cfg.json").is_file() for folder in folders.values()):
             self._train()
@@ -130,7 +130,7 @@ class _Loop:
         if self.here.rank == 0:
             for site, trainee in trainees.items():
                 _save_whole(trainee, self.output / str(site))
-            (self.output / "checkpoint.safetensors").unlink(missing_ok=True)
+            self.journal.finish()
 
     def _start(self) -> dict[Site, Trainee]:
         """Limits, scales and first codes come from the first shard, the same in every process."""
@@ -159,7 +159,7 @@ class _Loop:
         try:
             return trainee.step(rows.to(self.device))
         except NonFinite as error:
-            kept = "the last checkpoint is kept" if self._checkpoint_path.is_file() else "there is no checkpoint yet"
+            kept = "the last checkpoint is kept" if self.journal.has_checkpoint else "there is no checkpoint yet"
             raise NonFinite(
                 f"{site}, step {self.step + 1} (after epoch {self.position.epoch}, shard {self.position.shard}, batch "
                 f"{self.position.batch} of the rows): {error}; {kept}: try a lower learning rate, or look at that batch"
@@ -167,79 +167,36 @@ class _Loop:
 
     # What is kept on disk.
 
-    @property
-    def _checkpoint_path(self) -> Path:
-        return self.output / "checkpoint.safetensors"
-
-    @property
-    def _key(self) -> str:
-        spec = self.training.model_dump(mode="json", exclude={"checkpoint_every", "evaluate_every"})
-        return hashlib.sha256(json.dumps([spec, self.source.key, self.here.world]).encode()).hexdigest()[:16]
-
-    def _claim(self) -> None:
-        self.output.mkdir(parents=True, exist_ok=True)
-        path = self.output / "training.json"
-        mine = {
-            "key": self._key, "processes": self.here.world, "model": self.source.model_name,
-            "training": self.training.model_dump(mode="json"),
-        }  # fmt: skip
-        if not path.is_file():
-            write_atomically(path, json.dumps(mine, indent=1).encode())
-            return
-        other = json.loads(path.read_text())
-        if other["key"] != self._key:
-            raise InvalidConfig(
-                f"{self.output} holds another training ({_difference(other, mine)}): use another folder, or delete it"
-            )
-
     def _checkpoint(self, trainees: Mapping[Site, Trainee]) -> None:
         positions = self.here.gather(list(self.position))
         if self.here.rank == 0:
             tensors = {
-                f"{site}/{name}": value.detach().cpu().contiguous()
-                for site, trainee in trainees.items()
-                for name, value in trainee.state().items()
+                f"{site}/{name}": value for site, trainee in trainees.items() for name, value in trainee.state().items()
             }
-            metadata = {"key": self._key, "step": str(self.step), "positions": json.dumps(positions)}
-            write_atomically(self._checkpoint_path, dump_tensors(tensors, metadata))
+            self.journal.save(tensors, {"step": self.step, "positions": positions})
         self.here.wait()
 
     def _resume(self, trainees: Mapping[Site, Trainee]) -> None:
-        if not self._checkpoint_path.is_file():
-            self._trim_log()
-            return
-        try:
-            with safe_open(self._checkpoint_path, "pt", device=str(self.device)) as file:
-                metadata = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise CorruptArtifact(
-                f"{self._checkpoint_path} cannot be read ({error}): delete it to start anew"
-            ) from None
-        for site, trainee in trainees.items():
-            prefix = f"{site}/"
-            trainee.restore({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-        self.step = int(metadata["step"])
-        self.position = Position(*json.loads(metadata["positions"])[self.here.rank])
-        self._trim_log()
-        if self.progress:
-            self.progress(self.step * self.training.batch)
+        saved = self.journal.load(str(self.device))
+        if saved is not None:
+            for site, trainee in trainees.items():
+                prefix = f"{site}/"
+                own = {n.removeprefix(prefix): t for n, t in saved.tensors.items() if n.startswith(prefix)}
+                trainee.restore(own)
+            self.step = saved.notes["step"]
+            self.position = Position(*saved.notes["positions"][self.here.rank])
+            if self.progress:
+                self.progress(self.step * self.training.batch)
+        if self.here.rank == 0:
+            self.journal.trim(self.step)
 
     def _record(self, values: Mapping[Site, Mapping[str, float]]) -> None:
         if self.here.rank:
             return
-        with (self.output / "log.jsonl").open("a") as file:
-            for site, found in values.items():
-                file.write(json.dumps({"step": self.step, "site": str(site), **found}) + "\n")
-                if self.log:
-                    self.log(self.step, site, found)
-
-    def _trim_log(self) -> None:
-        """Lines of steps that are about to be taken again go."""
-        path = self.output / "log.jsonl"
-        if self.here.rank == 0 and path.is_file():
-            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= self.step]
-            write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+        for site, found in values.items():
+            self.journal.log(self.step, {"site": str(site), **found})
+            if self.log:
+                self.log(self.step, site, found)
 
 
 def _save_whole(trainee: Trainee, folder: Path) -> None:
@@ -249,20 +206,3 @@ def _save_whole(trainee: Trainee, folder: Path) -> None:
     trainee.save(scratch)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except ValueError:  # a line that was being written when the process died
-        return float("inf")
-
-
-def _difference(other: Any, mine: Any) -> str:
-    theirs, ours = other["training"], mine["training"]
-    for key in ours:
-        if theirs.get(key) != ours[key] and key not in ("checkpoint_every", "evaluate_every"):
-            return f"its {key} is {theirs.get(key)}, asked for is {ours[key]}"
-    if other["processes"] != mine["processes"]:
-        return f"of {other['processes']} processes, these are {mine['processes']}"
-    return "of other rows"

@@ -3,7 +3,8 @@
 from .ban import Ban as Ban
 from .base import Method as Method
 from .base import Study as Study
+from .base import preset as preset
+from .finetune import Finetune as Finetune
 from .presets import PRESETS as PRESETS
-from .presets import preset as preset
 from .steer import Steer as Steer
 from .suppress import Suppress as Suppress

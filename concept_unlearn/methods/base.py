@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,11 +14,13 @@ from torch import Tensor
 from ..component import Component
 from ..data.scope import Scope
 from ..dictionaries import Dictionary, Slice, load_dictionary
+from ..errors import UnknownName
 from ..features import Stats, measure_all
 from ..features.gating import Fitted, fit_gate
 from ..gates import Gate
 from ..lm import LM, Site
 from ..patches import Patch
+from .presets import PRESETS
 
 Progress = Callable[[int], None]
 
@@ -25,8 +28,9 @@ Progress = Callable[[int], None]
 class Study:
     """One model and one scope, and every measurement made of them, made once."""
 
-    def __init__(self, lm: LM, scope: Scope, *, progress: Progress | None = None) -> None:
-        self.lm, self.scope, self.progress = lm, scope, progress
+    def __init__(self, lm: LM, scope: Scope, *, folder: Path | None = None, progress: Progress | None = None) -> None:
+        """``folder`` keeps what long work needs to go on after it was stopped."""
+        self.lm, self.scope, self.folder, self.progress = lm, scope, folder, progress
         self._dictionaries: dict[str, Dictionary] = {}
         self._stats: dict[str, Stats] = {}
         self._gates: dict[Any, Fitted] = {}
@@ -65,17 +69,38 @@ class Study:
 class Method(Component, family=True):
     """(LM, Scope) -> Patch"""
 
+    @classmethod
+    def parse(cls, spec: Any) -> Self:
+        """Also ``{"preset": "npo", "lr": 2e-5}``: a published recipe, with what is given besides in its place.
+
+        Raises UnknownName or InvalidConfig.
+        """
+        if isinstance(spec, dict) and "preset" in spec:
+            name = str(spec["preset"])
+            if name not in PRESETS:
+                raise UnknownName("preset", name, PRESETS)
+            spec = PRESETS[name] | {key: value for key, value in spec.items() if key != "preset"}
+        return super().parse(spec)
+
     @abstractmethod
     def fit(self, study: Study) -> Patch:
         """The patch, made on the study's model from the study's scope."""
 
-    def __call__(self, lm: LM, scope: Scope, *, progress: Progress | None = None) -> Patch:
-        return self.fit(Study(lm, scope, progress=progress))
+    def __call__(
+        self, lm: LM, scope: Scope, *, folder: str | Path | None = None, progress: Progress | None = None
+    ) -> Patch:
+        """A method that works long keeps checkpoints in ``folder`` and goes on from them."""
+        return self.fit(Study(lm, scope, folder=None if folder is None else Path(folder), progress=progress))
 
     @property
     def reads(self) -> tuple[tuple[str, ...], tuple[Site, ...]]:
         """Dictionaries and sites it will ask the study about, so that several methods share one pass."""
         return (), ()
+
+
+def preset(name: str, *dictionaries: str) -> Method:
+    """``preset("npo")``, or ``preset("dsg", "smollm2/blocks.7.hook_resid_post")``. Raises UnknownName."""
+    return Method.parse({"preset": name} | ({"dictionaries": dictionaries} if dictionaries else {}))
 
 
 class NoDictionary:

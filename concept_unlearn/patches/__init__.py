@@ -5,3 +5,5 @@ from .base import Stack as Stack
 from .codebook import CodebookPatch as CodebookPatch
 from .feature import FeaturePatch as FeaturePatch
 from .io import load_patch as load_patch
+from .weight import WeightPatch as WeightPatch
+from .weight import merge as merge

@@ -223,7 +223,7 @@ def test_two_processes_train_an_equivalent_dictionary(store, trained, tmp_path):
         return float((x - dictionary.decode(dictionary.encode(x), x)).square().sum() / (x - x.mean(0)).square().sum())
 
     assert missed(tmp_path / "two") == pytest.approx(missed(trained), rel=0.1)
-    with pytest.raises(InvalidConfig, match="of 2 processes, these are 1"):
+    with pytest.raises(InvalidConfig, match="processes is 2, asked for is 1"):
         train_stored(store, tmp_path / "two")
 
 

@@ -9,18 +9,24 @@ from conftest import PLANTED
 from concept_unlearn.errors import UnknownName
 from concept_unlearn.methods import PRESETS, Method, preset
 
+EDITING = sorted(name for name, row in PRESETS.items() if row["kind"] == "suppress")
+
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_preset_is_its_row(name):
-    made = preset(name, "a", "b")
+    made = preset(name, "a", "b") if name in EDITING else preset(name)
     spec = made.spec()
-    assert spec["dictionaries"] == ["a", "b"]
     for key, row in PRESETS[name].items():
-        assert spec[key] == row if key == "n" else row.items() <= spec[key].items()
+        assert _within(row, spec[key])
     assert Method.parse(spec) == made
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_what_is_given_beside_a_preset_takes_its_place():
+    made = Method.parse({"preset": "npo_kl", "lr": 3e-5, "objectives": ["ga"]})
+    assert (made.lr, [o.kind for o in made.objectives]) == (3e-5, ["ga"])
+
+
+@pytest.mark.parametrize("name", EDITING)
 def test_every_preset_fits_and_changes_text_about_the_concept(planted, name):
     refusal = {"refusal_features": (20,)} if name == "refusal_clamp" else {}
     method = preset(name, planted.first).model_copy(update={"n": 2, **refusal})
@@ -34,5 +40,14 @@ def test_every_preset_fits_and_changes_text_about_the_concept(planted, name):
 
 
 def test_an_unknown_preset_names_the_known_ones():
-    with pytest.raises(UnknownName, match=r"no preset named 'dgs'; known: clamp_prime, .*Did you mean 'dsg'\?"):
+    with pytest.raises(UnknownName, match=r"no preset named 'dgs'; known: alt_po, .*Did you mean 'dsg'\?"):
         preset("dgs", "a")
+
+
+def _within(row, spec):
+    """Everything that the row says stands in the spec."""
+    if isinstance(row, dict):
+        return all(_within(value, spec[key]) for key, value in row.items())
+    if isinstance(row, list):
+        return len(row) == len(spec) and all(map(_within, row, spec))
+    return row == spec

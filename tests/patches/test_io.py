@@ -6,14 +6,15 @@ import json
 
 import pytest
 import torch
-from conftest import D_MODEL, make_bridge, make_hf, make_sae, make_tokenizer, words
+from conftest import D_MODEL, VOCAB, make_bridge, make_hf, make_sae, make_tokenizer, words
 
 from concept_unlearn.dictionaries import direction
 from concept_unlearn.edits import Clamp, DenseClamp
 from concept_unlearn.errors import CorruptArtifact, InvalidConfig, PatchMismatch, PatchNotReached, UnknownName
 from concept_unlearn.gates import ProbeGate, SequenceGate
 from concept_unlearn.lm import LM, Site
-from concept_unlearn.patches import FeaturePatch, Stack, load_patch
+from concept_unlearn.patches import FeaturePatch, Stack, WeightPatch, load_patch
+from concept_unlearn.weights import Dense, LowRank, Sparse
 
 TEXTS = [words(7, 8, 9, 10), words(20, 21, 22)]
 
@@ -34,12 +35,24 @@ def patches():
     whole, _ = make(kind="whole")
     probed = FeaturePatch(slices=columns.slices, edit=columns.edit, gate=ProbeGate(above=-100.0), sensor=sensor)
     gated = FeaturePatch(slices=columns.slices, edit=columns.edit, gate=SequenceGate(above=0.0))
+    generator = torch.Generator().manual_seed(4)
+    mask = torch.rand(32, D_MODEL, generator=generator) < 0.1
+    weighted = WeightPatch(
+        {
+            "model.embed_tokens.weight": Dense(torch.randn(VOCAB, D_MODEL, generator=generator)).to(torch.bfloat16),
+            "model.layers.1.self_attn.o_proj.weight": LowRank(torch.ones(D_MODEL, 2), torch.ones(2, D_MODEL)),
+            "model.layers.1.mlp.up_proj.weight": Sparse(torch.ones(int(mask.sum())), mask),
+        },
+        strength=0.75,
+    )
     return {
         "columns": columns,
         "whole": whole,
         "probed": probed,
         "gated": gated,
         "stack": Stack((columns, probed), 0.5),
+        "weight": weighted,
+        "weight-stack": Stack((weighted, columns), 0.5),
     }
 
 
@@ -131,7 +144,7 @@ def test_damage_is_noticed(lm, tmp_path, damage):
             config.write_text(json.dumps(data | {"kind": "magic"}))
         case "format":
             config.write_text(json.dumps(data | {"format": 99}))
-    known = "known: codebook, feature, stack"
+    known = "known: codebook, feature, stack, weight"
     expected = (UnknownName, known) if damage == "kind" else (CorruptArtifact, str(folder.name))
     with pytest.raises(expected[0], match=expected[1]):
         load_patch(folder, lm)

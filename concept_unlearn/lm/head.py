@@ -1,0 +1,100 @@
+"""The end of a model: its last hidden state, read with gradients, and the head that turns it into logits.
+
+Training needs logits at a few positions only, so the model runs with its head cut down to one position and the head
+is called apart on the hidden states that matter. What a model does to its logits after the head (a soft cap, a
+scale) is done here as well, and the one position the model computed itself shows that it was done right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import NotExact
+from .forward import forward
+from .locate import is_hooked, root, text_config
+
+_TOLERANCE = 0.05
+"""Of the largest logit: far above bfloat16's rounding, far below what a forgotten cap or scale does."""
+
+
+class Head:
+    """``head(hidden)`` is what the model would make of these hidden states. Raises NotExact where it is not."""
+
+    def __init__(self, model: nn.Module, *, chunk: int = 2**24) -> None:
+        """``chunk`` logits are held at a time; above it they are computed anew when gradients are."""
+        self.model, self._chunk, self._checked = model, chunk, False
+        base: Any = root(model)
+        self._own = is_hooked(base)
+        self.module: nn.Module = base.unembed if self._own else base.get_output_embeddings()
+        if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+            raise NotExact(f"{type(base).__name__} is an encoder-decoder: only decoders are trained here")
+        config = base.cfg if self._own else text_config(base)
+        cap = getattr(config, "output_logits_soft_cap" if self._own else "final_logit_softcapping", None)
+        self._cap: float | None = cap if cap is not None and cap > 0 else None
+        self._scale = float(getattr(config, "logit_scale", 1.0) or 1.0) / float(
+            getattr(config, "logits_scaling", 1.0) or 1.0
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        return max(p.shape[0] if not self._own else p.shape[-1] for p in self.module.parameters())
+
+    def __call__(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n vocab"]:
+        """In float32, or in the model's own precision where that is greater."""
+        logits = self.module(hidden[None])[0]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self._scale != 1:
+            logits = logits * self._scale
+        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
+
+    def hidden(
+        self, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None
+    ) -> Float[Tensor, "batch seq d"]:
+        """What goes into the head, with its gradient history."""
+        seen: list[Tensor] = []
+
+        def cut(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            seen.append(args[0])
+            return (args[0][:1, :1], *args[1:])
+
+        handle = self.module.register_forward_pre_hook(cut)
+        try:
+            own = forward(self.model, ids, mask).logits
+        finally:
+            handle.remove()
+        if not self._checked:
+            self._check(seen[-1][:1, 0], own[0])
+        return seen[-1]
+
+    def each(
+        self, hidden: Float[Tensor, "n d"], fn: Callable[[Float[Tensor, "m vocab"], slice], Float[Tensor, " m"]]
+    ) -> Float[Tensor, " n"]:
+        """``fn(logits, which)`` of every hidden state, some at a time where all at once would be too many."""
+        size = max(self._chunk // self.vocabulary, 1)
+        if len(hidden) <= size:
+            return fn(self(hidden), slice(0, len(hidden)))
+
+        def part(rows: Tensor, which: slice) -> Tensor:
+            return fn(self(rows), which)
+
+        slices = [slice(i, min(i + size, len(hidden))) for i in range(0, len(hidden), size)]
+        if not torch.is_grad_enabled():
+            return torch.cat([part(hidden[s], s) for s in slices])
+        return torch.cat([checkpoint(part, hidden[s], s, use_reentrant=False) for s in slices])
+
+    @torch.no_grad()
+    def _check(self, hidden: Tensor, own: Tensor) -> None:
+        own = own.float()
+        missing = (self(hidden).float() - own).abs().max()
+        if missing > _TOLERANCE * own.abs().max():
+            raise NotExact(
+                f"{type(self.model).__name__} does more to its logits than its head, a cap and a scale: they differ by "
+                f"{float(missing):.3g}, so they cannot be computed at the answer alone"
+            )
+        self._checked = True

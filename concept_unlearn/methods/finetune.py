@@ -1,0 +1,108 @@
+"""Unlearn by gradients: any objectives, any part of the weights, and what is left is a patch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from ..errors import InvalidConfig, NonFinite
+from ..journal import Journal
+from ..lm.fingerprint import fingerprint
+from ..lm.head import Head
+from ..objectives import Objective
+from ..patches import WeightPatch
+from ..step import LiveReference
+from ..training import Log, Loop, Optimisation, Probe
+from ..training.data import make_data
+from ..training.references import look_up
+from ..training.trainable import Trainable, autocast, checkpointed, train_adapter, train_weights
+from .base import Method, Study
+
+
+class Finetune(Method, Optimisation):
+    """Go down a weighted sum of objectives from the model as it is, and put it back bit for bit.
+
+    The patch holds what changed. With a ``folder`` training goes on from its last checkpoint, to the same weights.
+    """
+
+    objectives: tuple[Objective, ...] = Field(min_length=1)
+    adapter: dict[str, Any] | None = None
+    """PEFT's own settings, e.g. {r: 8, lora_alpha: 16, target_modules: [q_proj, v_proj]}; ``peft_type`` is LORA
+    where not given. None trains the model's own weights.
+    """
+    parameters: tuple[str, ...] | None = None
+    """Patterns of the names of parameters to train, e.g. "model.layers.[4-7].mlp.*". None trains what the objectives
+    are meant for: everything, but for RMU.
+    """
+    store: Literal["float32", "bfloat16"] = "float32"
+    """How the patch holds its change; bfloat16 takes half the space and rounds the change, not the weight."""
+
+    def fit(self, study: Study, *, log: Log | None = None, probe: Probe | None = None) -> WeightPatch:
+        """``log(step, values)`` hears of every step's losses; ``probe(step)`` may look at the model as it is then."""
+        lm = study.lm
+        _refuse_sharding()
+        reads = tuple(dict.fromkeys(r for o in self.objectives for r in o.reads(lm)))
+        data = make_data(lm, study.scope, [r.split for r in reads], self, progress=study.progress)
+        journal, model = None, fingerprint(lm.model)
+        if study.folder is not None:
+            rows = {name: [split.rows, split.by_epoch] for name, split in data.splits.items()}
+            what = {"model": model, "dtype": str(lm.dtype), "method": self.spec(), "rows": _digest(rows)}
+            del what["method"]["checkpoint_every"]  # type: ignore[attr-defined]
+            journal = Journal(study.folder, what, name="finetuning")
+            journal.claim()
+        head, precision = Head(lm.model), autocast(lm, self.precision)
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            trainable = stack.enter_context(self._trainable(study))
+            stack.enter_context(checkpointed(lm, self.gradient_checkpointing))
+            live = LiveReference(lm, head, trainable.as_it_was)
+            with precision():
+                reference = look_up(
+                    lm,
+                    head,
+                    data.splits,
+                    reads,
+                    live,
+                    model=model,
+                    folder=study.folder,
+                    batch_size=2 * self.micro_batch,
+                )
+            loop = Loop(
+                lm, self.objectives, data, self, trainable, head=head, reference=reference, autocast=precision,
+                journal=journal, log=log, probe=probe, progress=study.progress,
+            )  # fmt: skip
+            deltas = loop.run()
+        if not deltas:
+            warnings.warn("training changed nothing: no objective has a gradient here", stacklevel=2)
+        patch = WeightPatch(deltas)
+        if not all(t.isfinite().all() for t in patch.tensors().values() if t.is_floating_point()):
+            raise NonFinite("training ended in NaN or infinite weights: try a lower learning rate")
+        return patch.to(getattr(torch, self.store))
+
+    def _trainable(self, study: Study) -> AbstractContextManager[Trainable]:
+        if self.adapter is not None:
+            if self.parameters is not None:
+                raise InvalidConfig("an adapter has parameters of its own: give target_modules there, not parameters")
+            return train_adapter(study.lm, self.adapter, seed=self.seed)
+        named = [names for o in self.objectives if (names := o.trains(study.lm)) is not None]
+        return train_weights(study.lm, self.parameters or (named[0] if named else None))
+
+
+def _refuse_sharding() -> None:
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name, "false").lower() in ("1", "true"):
+            raise InvalidConfig(
+                f"{name} is set: finetuning shares a step's rows among processes, each with the whole model; launch it "
+                "without sharding, or train an adapter with gradient_checkpointing to save memory"
+            )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -1,0 +1,316 @@
+"""One optimiser step as objectives see it: what the model, and its reference, say of each split's batch.
+
+Everything is computed at most once, on first use, and only where it is read. Values come flat, one a token, in the
+order of the batch; the reductions divide by the counts of the whole optimiser step, so that micro-batches and
+processes add up to what one big batch would have given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+
+from .errors import EmptyData, InvalidData
+from .lm import LM, Site
+from .lm.forward import forward
+from .lm.head import Head
+from .lm.hooks import Stopped
+
+UNSUPERVISED = -100
+
+Where = Literal["answer", "content", "real", "own", "all"]
+"""Which positions are read: those that predict a supervised token, those that predict any real one, all real tokens,
+supervised tokens' own positions, or all there are, padding too. The last two are other people's mistakes (``compat``).
+"""
+
+
+class Batch(NamedTuple):
+    ids: Int[Tensor, "batch seq"]
+    labels: Int[Tensor, "batch seq"]
+    """The ids again, aligned with them, -100 where a token is not supervised."""
+    mask: Bool[Tensor, "batch seq"]
+    """True at real tokens."""
+    rows: tuple[int, ...] = ()
+    """Which rows of its split these are."""
+
+    def positions(self, where: Where = "answer") -> Bool[Tensor, "batch seq"]:
+        """The positions whose output is read; logits at position s predict token s + 1."""
+        supervised = (self.labels != UNSUPERVISED) & self.mask
+        match where:
+            case "answer":
+                return pad(supervised[:, 1:], (0, 1)) & self.mask  # nothing predicts the first, padded or not
+            case "content":
+                return pad(self.mask[:, 1:], (0, 1)) & self.mask
+            case "real":
+                return self.mask
+            case "own":
+                return supervised
+            case "all":
+                return torch.ones_like(self.mask)
+
+    def lengths(self, where: Where = "answer") -> Int[Tensor, " batch"]:
+        """How many positions of each sequence are read: n_i."""
+        return self.positions(where).sum(-1)
+
+
+class Read(NamedTuple):
+    """One thing that an objective reads: declared, so that it can be computed in the same pass, or ahead."""
+
+    split: str
+    what: Literal["nll", "logits"] | Site = "nll"
+    where: Where = "answer"
+    reference: bool = False
+
+
+class Reference(Protocol):
+    """The model as it was before training."""
+
+    def nll(self, split: str, batch: Batch) -> Float[Tensor, " n"]:
+        """Of the supervised tokens."""
+
+    def hidden(self, split: str, batch: Batch, where: Where) -> Float[Tensor, "n d"]:
+        """What goes into the head."""
+
+    def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n vocab"]: ...
+
+    def activations(self, split: str, batch: Batch, site: Site, where: Where) -> Float[Tensor, "n d"]: ...
+
+
+class Reading(NamedTuple):
+    """One forward pass: what goes into the head, none where nobody asked for logits, and activations."""
+
+    hidden: Float[Tensor, "batch seq d"] | None
+    activations: dict[Site, Float[Tensor, "batch seq d"]]
+
+
+def read(lm: LM, head: Head, batch: Batch, *, logits: bool, sites: Sequence[Site] = ()) -> Reading:
+    """One pass that goes no deeper than what is read."""
+    with ExitStack() as stack:
+        seen = stack.enter_context(lm.read(*sites))
+        hidden = None
+        if logits:
+            hidden = head.hidden(batch.ids, batch.mask)
+        else:
+            stack.enter_context(lm.stop_at(max(sites)))
+            with suppress(Stopped):
+                forward(lm.model, batch.ids, batch.mask, keep=1)
+    return Reading(hidden, {site: x.flatten(2) for site, x in seen.items()})
+
+
+class LiveReference:
+    """The reference asked anew each time: ``lm`` inside the context that ``as_it_was()`` opens."""
+
+    def __init__(
+        self, lm: LM, head: Head, as_it_was: Callable[[nn.Module | None], AbstractContextManager[object]] = nullcontext
+    ) -> None:
+        """``as_it_was(None)`` brings back the whole model, ``as_it_was(module)`` at least that module."""
+        self._lm, self._head, self._as_it_was = lm, head, as_it_was
+
+    def nll(self, split: str, batch: Batch) -> Float[Tensor, " n"]:
+        targets = batch.ids.roll(-1, 1)[batch.positions()]
+        hidden = self.hidden(split, batch, "answer")
+        with torch.no_grad(), self._as_it_was(self._head.module):
+            return self._head.each(hidden, lambda z, which: cross_entropy(z, targets[which], reduction="none"))
+
+    @torch.no_grad()
+    def hidden(self, split: str, batch: Batch, where: Where) -> Float[Tensor, "n d"]:
+        with self._as_it_was(None):
+            found = read(self._lm, self._head, batch, logits=True).hidden
+        assert found is not None
+        return found[batch.positions(where)]
+
+    @torch.no_grad()
+    def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n vocab"]:
+        with self._as_it_was(self._head.module):
+            return self._head(hidden)
+
+    @torch.no_grad()
+    def activations(self, split: str, batch: Batch, site: Site, where: Where) -> Float[Tensor, "n d"]:
+        with self._as_it_was(None):
+            found = read(self._lm, self._head, batch, logits=False, sites=[site])
+        return found.activations[site][batch.positions(where)]
+
+
+class Tally:
+    """Counts that only the model can tell, such as how many sequences are below a bound, over a whole step.
+
+    While ``counting``, each part adds its share; afterwards every part is told the sum.
+    """
+
+    def __init__(self) -> None:
+        self.counting = True
+        self.counts: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, count: Tensor) -> Tensor:
+        if self.counting:
+            self.counts[name] = self.counts[name] + count if name in self.counts else count
+            return count
+        return self.counts[name]
+
+
+class Step:
+    """The batches of one part of an optimiser step, and what is said of them."""
+
+    def __init__(
+        self,
+        lm: LM,
+        batches: Mapping[str, Batch],
+        reads: Sequence[Read],
+        *,
+        head: Head | None = None,
+        reference: Reference | None = None,
+        whole: Mapping[str, Sequence[Batch]] | None = None,
+        tally: Tally | None = None,
+    ) -> None:
+        """``reads`` is what the objectives that will be called declare; ``whole`` holds the batches of all parts of
+        the optimiser step, by default just these. Without a ``reference`` the model itself, as it is now, is one.
+        """
+        self.lm, self.reads = lm, reads
+        self._head = head or Head(lm.model)
+        self._reference = reference or LiveReference(lm, self._head)
+        self._batches, self._tally = batches, tally
+        self._whole = whole if whole is not None else {split: [batch] for split, batch in batches.items()}
+        self._memo: dict[tuple[object, ...], Tensor] = {}
+        self._passes: dict[str, Reading] = {}
+
+    def batch(self, split: str) -> Batch:
+        """Raises InvalidData for a split that is not there."""
+        if split not in self._batches:
+            known = ", ".join(sorted(self._batches)) or "none"
+            raise InvalidData(f"an objective reads the split {split!r}; given: {known}")
+        return self._batches[split]
+
+    # What the model says.
+
+    def tokens(
+        self,
+        split: str,
+        fn: Callable[[Float[Tensor, "m vocab"], Int[Tensor, " m"]], Float[Tensor, " m"]],
+        where: Where = "answer",
+    ) -> Float[Tensor, " n"]:
+        """``fn(logits, labels)`` gives one number a token; of many tokens it is asked some at a time."""
+        labels = self.labels(split, where)
+        return self._head.each(self._hidden(split, where), lambda z, which: fn(z, labels[which]))
+
+    def tokens_beside(
+        self,
+        split: str,
+        fn: Callable[[Float[Tensor, "m vocab"], Float[Tensor, "m vocab"], Int[Tensor, " m"]], Float[Tensor, " m"]],
+        where: Where = "answer",
+    ) -> Float[Tensor, " n"]:
+        """``fn(logits, reference_logits, labels)``, the same with the reference's logits beside the model's."""
+        labels = self.labels(split, where)
+        hidden = self._declared(Read(split, "logits", where, True), lambda b: self._reference.hidden(split, b, where))
+        return self._head.each(
+            self._hidden(split, where), lambda z, which: fn(z, self._reference.logits(hidden[which]), labels[which])
+        )
+
+    def nll(self, split: str) -> Float[Tensor, " n"]:
+        """-log p of every supervised token: c."""
+        key = (split, "nll")
+        if key not in self._memo:
+            self._memo[key] = self.tokens(split, lambda z, y: cross_entropy(z, y, reduction="none"))
+        return self._memo[key]
+
+    def seen_nll(self, split: str) -> Float[Tensor, " n"] | None:
+        """``nll``, if an objective has asked for it."""
+        return self._memo.get((split, "nll"))
+
+    def reference_nll(self, split: str) -> Float[Tensor, " n"]:
+        return self._declared(Read(split, "nll", "answer", True), lambda b: self._reference.nll(split, b))
+
+    def activations(self, split: str, site: Site, where: Where) -> Float[Tensor, "n d"]:
+        """In float32."""
+        x = self._pass(split).activations[site][self.batch(split).positions(where)]
+        return x if x.dtype == torch.float64 else x.float()
+
+    def reference_activations(self, split: str, site: Site, where: Where) -> Float[Tensor, "n d"]:
+        x = self._declared(Read(split, site, where, True), lambda b: self._reference.activations(split, b, site, where))
+        return x if x.dtype == torch.float64 else x.float()
+
+    # Where the tokens stand.
+
+    def labels(self, split: str, where: Where = "answer") -> Int[Tensor, " n"]:
+        """The token that each position predicts; 0 behind the end, where there is none."""
+        batch = self.batch(split)
+        return pad(batch.ids[:, 1:], (0, 1))[batch.positions(where)]
+
+    def owner(self, split: str, where: Where = "answer") -> Int[Tensor, " n"]:
+        """The sequence that each token belongs to."""
+        return self.batch(split).positions(where).nonzero()[:, 0]
+
+    def order(self, split: str, where: Where = "answer") -> Int[Tensor, " n"]:
+        """Each token's place among those of its sequence, from 0."""
+        positions = self.batch(split).positions(where)
+        return (positions.long().cumsum(-1) - 1)[positions]
+
+    # Reductions.
+
+    def token_mean(self, split: str, values: Float[Tensor, " n"], where: Where = "answer") -> Float[Tensor, ""]:
+        """sum over tokens / all tokens"""
+        return values.sum() / self.total(split, lambda b: b.lengths(where).sum())
+
+    def seq_sum(self, split: str, values: Float[Tensor, " n"], where: Where = "answer") -> Float[Tensor, ""]:
+        """sum over tokens / sequences"""
+        return values.sum() / self.n_sequences(split, where)
+
+    def seq_mean(self, split: str, values: Float[Tensor, " n"], where: Where = "answer") -> Float[Tensor, ""]:
+        """mean over the tokens of each sequence, then over sequences"""
+        lengths = self.batch(split).lengths(where)[self.owner(split, where)]
+        return (values / lengths).sum() / self.n_sequences(split, where)
+
+    def mean(self, split: str, values: Float[Tensor, " batch"], where: Where = "answer") -> Float[Tensor, ""]:
+        """mean over the sequences that have a token at all"""
+        has_any = self.batch(split).lengths(where) > 0
+        return torch.where(has_any, values, 0.0).sum() / self.n_sequences(split, where)
+
+    def per_sequence(self, split: str, values: Float[Tensor, " n"], where: Where = "answer") -> Float[Tensor, " batch"]:
+        """sum over the tokens of each sequence"""
+        zeros = values.new_zeros(len(self.batch(split).ids))
+        return zeros.index_add(0, self.owner(split, where), values)
+
+    def n_sequences(self, split: str, where: Where = "answer") -> Tensor:
+        """B': sequences of the optimiser step that have a token at all."""
+        return self.total(split, lambda b: (b.lengths(where) > 0).sum())
+
+    def total(self, split: str, count: Callable[[Batch], Tensor]) -> Tensor:
+        """``count`` over all batches of the optimiser step. Raises EmptyData where that is nothing."""
+        self.batch(split)
+        found = torch.stack([count(batch) for batch in self._whole[split]]).sum()
+        if not found:
+            raise EmptyData(f"no sequence of this step's {split!r} batch has a token to read")
+        return found
+
+    def agree(self, name: str, count: Tensor) -> Tensor:
+        """What ``count``, which the model decides, adds up to over all parts of the optimiser step."""
+        return count if self._tally is None else self._tally(name, count.detach())
+
+    # Passes.
+
+    def _hidden(self, split: str, where: Where) -> Float[Tensor, "n d"]:
+        key = (split, "hidden", where)
+        if key not in self._memo:
+            hidden = self._pass(split).hidden
+            assert hidden is not None, f"nobody declared to read the logits of {split!r}: {self.reads}"
+            self._memo[key] = hidden[self.batch(split).positions(where)]
+        return self._memo[key]
+
+    def _pass(self, split: str) -> Reading:
+        if split not in self._passes:
+            batch, own = self.batch(split), [r for r in self.reads if r.split == split and not r.reference]
+            sites = sorted({r.what for r in own if isinstance(r.what, Site)})
+            logits = any(not isinstance(r.what, Site) for r in own)
+            self._passes[split] = read(self.lm, self._head, batch, logits=logits, sites=sites)
+        return self._passes[split]
+
+    def _declared(self, wanted: Read, ask: Callable[[Batch], Tensor]) -> Tensor:
+        assert wanted in self.reads, f"{wanted} was not declared, so it may not be cached: {self.reads}"
+        if wanted not in self._memo:
+            self._memo[wanted] = ask(self.batch(wanted.split))
+        return self._memo[wanted]
