@@ -22,7 +22,8 @@ from pathlib import Path
 
 import yaml
 
-from concept_unlearn import LM, Method, Scope
+from concept_unlearn import LM, Method, Scope, load_run
+from concept_unlearn.data.examples import write_jsonl
 from concept_unlearn.evaluation.concept import read_texts
 from concept_unlearn.methods import Finetune
 from concept_unlearn.objectives import GA
@@ -44,14 +45,16 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="key=value over what the config says of a method")
     parser.add_argument("--tag", default="", help="of the results, to keep several apart")
     options = parser.parse_args()
-    config = yaml.safe_load(options.config.read_text())
-    config["set"] = {k: yaml.safe_load(v) for k, v in (pair.split("=", 1) for pair in options.set)}
-    names = options.only or list(config["methods"])
+    run = load_run(options.config)
+    methods = {run.name: run.method, **run.compare}
+    names = options.only or list(methods)
     results = options.work / (options.half + options.tag)
     if options.what == "teach":
         teach(options.data, options.work)
     elif options.what == "one":
-        one(options, config, names[0], results)
+        changes = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in options.set)}
+        name = names[0]
+        one(options, name, Method.parse(methods[name].spec() | changes) if name in methods else None, results)
     elif options.what == "run":
         for name in ["base", *names]:
             if not (results / f"{name}.json").is_file():
@@ -75,6 +78,9 @@ def scope_of(data: Path, half: str | None) -> Scope:
 
 
 def teach(data: Path, work: Path) -> None:
+    (work / "scope").mkdir(parents=True, exist_ok=True)
+    for part in ("forget", "retain"):
+        write_jsonl(work / "scope" / f"{part}.jsonl", getattr(scope_of(data, "report"), part))
     if (work / "taught").is_dir():
         return
     lm, scope, start = LM.load("smollm2", dtype="float32"), scope_of(data, None), time.perf_counter()
@@ -85,14 +91,13 @@ def teach(data: Path, work: Path) -> None:
         print(f"taught in {time.perf_counter() - start:.0f} s: answer probability {probability(lm, scope.forget):.3f}")
 
 
-def one(options: argparse.Namespace, config: dict, name: str, results: Path) -> None:
+def one(options: argparse.Namespace, name: str, method: Method | None, results: Path) -> None:
     lm, scope = LM.load(str(options.work / "taught"), dtype="float32"), scope_of(options.data, options.half)
     results.mkdir(parents=True, exist_ok=True)
     found: dict[str, object] = {"method": name}
-    if name == "base":
+    if method is None:
         found |= measure(lm, scope)
     else:
-        method = Method.parse(config["common"] | config["methods"][name] | config["set"])
         before, start = _peak(), time.process_time()
         patch = method(lm, scope, folder=results / f"{name}.work", progress=_say(method.epochs * AUTHOR, name))
         found |= {"cpu_seconds": time.process_time() - start, "loaded_mb": before, "peak_mb": _peak()}

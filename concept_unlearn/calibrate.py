@@ -18,8 +18,7 @@ from .evaluation.fluency import is_gibberish, surprises
 from .evaluation.probes import Reply, replies
 from .lm import LM
 from .patches import Patch
-
-Progress = Callable[[int], None]
+from .tracking import Progress
 
 _CANARIES = 6
 """Forget passages among which the patch's canary is looked for."""

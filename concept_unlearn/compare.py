@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from .data.encode import encode_text
 from .evaluation.concept import ConceptBenchmark
@@ -10,8 +10,7 @@ from .evaluation.cost import measure_cost
 from .lm import LM
 from .patches import Patch
 from .report import Entry, Report
-
-Progress = Callable[[int], None]
+from .tracking import Progress
 
 _COST_TEXTS = 2
 

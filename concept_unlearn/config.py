@@ -37,19 +37,20 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
         raise InvalidConfig(f"{path} is not YAML: {error}") from None
     if not isinstance(data, dict):
         raise InvalidConfig(f"{path} should hold a mapping; it holds {type(data).__name__}")
-    for override in overrides:
-        _override(data, override)
+    for line in overrides:
+        override(data, line)
     return build(cls, data)
 
 
-def _override(data: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
+def override(data: dict[str, Any], line: str) -> None:
+    """Set ``key.inner=value`` in a nested mapping, in place. Raises InvalidConfig."""
+    key, equals, value = line.partition("=")
     if not equals:
-        raise InvalidConfig(f"an override is key=value; given: {override!r}")
+        raise InvalidConfig(f"an override is key=value; given: {line!r}")
     *parents, leaf = key.split(".")
     node = data
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise InvalidConfig(f"{override!r}: {parent} is no mapping")
+            raise InvalidConfig(f"{line!r}: {parent} is no mapping")
     node[leaf] = yaml.safe_load(value)

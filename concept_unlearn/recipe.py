@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from .activations import Harvest, Live, RowSource, Store, harvest
 from .activations.processes import Processes
@@ -17,9 +15,7 @@ from .dictionaries import Dictionary, Quality, Training, evaluate_dictionary, tr
 from .errors import InvalidConfig
 from .files import write_atomically
 from .lm import LM, Site
-
-Progress = Callable[[int], None]
-Tracker = Callable[[str, int | None], Any]
+from .tracking import Tracker, silent
 
 
 class CorpusSpec(Frozen):
@@ -55,7 +51,7 @@ class Recipe(Frozen):
 def fill(recipe: Recipe, folder: Path, *, tracker: Tracker | None = None) -> Store:
     """The store of a recipe: what is missing of it is harvested."""
     lm, corpus = recipe.model.load(), recipe.corpus.load()
-    with (tracker or _silent)("harvest", recipe.harvest.tokens) as progress:
+    with (tracker or silent)("harvest", recipe.harvest.tokens) as progress:
         return harvest(lm, corpus, recipe.harvest, folder, progress=progress)
 
 
@@ -69,7 +65,7 @@ def make(
 
     Of several processes the first measures and answers, the others return nothing.
     """
-    track = tracker or _silent
+    track = tracker or silent
     if recipe.training.evaluate_every and recipe.held_out is None:
         raise InvalidConfig("training.evaluate_every needs held_out: text to evaluate on")
     lm = recipe.model.load()
@@ -139,8 +135,3 @@ def _card(recipe: Recipe, lm: LM, dictionary: Dictionary, quality: Quality | Non
         f"\nThe last four were measured on {quality.n_tokens:,} tokens of text that was not trained on.\n"
     )  # fmt: skip
     return f"# {dictionary.site} of {lm.name}\n\n| | |\n|---|---|\n{table}{where}"
-
-
-@contextmanager
-def _silent(title: str, total: int | None) -> Any:
-    yield None

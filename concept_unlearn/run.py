@@ -11,9 +11,9 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -33,10 +33,9 @@ from .files import write_atomically
 from .methods import Method, Study
 from .patches import Patch
 from .report import Entry, Report
+from .tracking import Tracker, silent
 
 T = TypeVar("T")
-Tracker = Callable[[str, int | None], Any]
-"""``tracker(title, total)`` is a context manager that yields a function to be told of each step."""
 
 
 class CalibrationSpec(Frozen):
@@ -84,7 +83,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
 
 def execute(run: Run, *, tracker: Tracker | None = None) -> Report:
     """Everything that is not done yet. The report is saved in ``run.output`` and returned."""
-    return _Execution(run, tracker or _silent).report()
+    return _Execution(run, tracker or silent).report()
 
 
 class _Execution:
@@ -139,8 +138,9 @@ class _Execution:
 
     def _make(self, name: str, method: Method, folder: Path) -> StoredEntry:
         study = self.study
+        work = self.run.output / "work" / name
         with self.track(f"make {name}", None) as progress:
-            study.progress = progress
+            study.progress, study.folder = progress, work
             patch = method.fit(study)
         found = self._calibrate(name, patch)
         patch = patch.at(found.strength if found else patch.strength)
@@ -156,6 +156,7 @@ class _Execution:
                 about=_about(method),
                 progress=progress,
             )
+        shutil.rmtree(work, ignore_errors=True)
         return StoredEntry(
             rows=entry.rows, strength=entry.strength, curve=entry.curve, cost=entry.cost._asdict(), about=entry.about
         )
@@ -240,8 +241,3 @@ def _short(value: Any) -> str:
 
 def _version() -> str:
     return importlib.metadata.version("concept-unlearn")
-
-
-@contextmanager
-def _silent(title: str, total: int | None) -> Iterator[None]:
-    yield None

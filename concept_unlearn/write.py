@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from .data.corpus import Corpus
 from .errors import EmptyData
 from .files import write_atomically
 from .lm import LM
-
-Progress = Callable[[int], None]
+from .tracking import Progress
 
 CHAT = (
     "Write a short encyclopedia article about {t}.",

@@ -12,6 +12,9 @@ from test_run import config
 from typer.testing import CliRunner
 
 from concept_unlearn.cli import app, main
+from concept_unlearn.errors import InvalidConfig, PatchMismatch
+from concept_unlearn.lm import LM
+from concept_unlearn.patches import load_patch
 
 
 def shell(*arguments, code=0):
@@ -37,6 +40,27 @@ def test_unlearn_then_evaluate(workplace, tmp_path):
     out = shell("evaluate", *common, "--patch", tmp_path / "patch", "--output", tmp_path / "report", "--max-probes", 4)
     assert "answers right" in out
     assert json.loads((tmp_path / "report" / "summary.json").read_text())["patch"] == "patch"
+
+
+def test_finetune_then_evaluate_then_bake(workplace, tmp_path):
+    common = ("--model", workplace / "model", "--scope", workplace / "scope")
+    out = shell("finetune", "npo", *common, "--output", tmp_path / "npo", "--set", "lr=1e-2", "--set", "epochs=2")
+    assert "30 parameters" in out
+    assert {p.name.split("-")[0] for p in (tmp_path / "npo").iterdir()} == {"config.json", "patch"}
+    out = shell("evaluate", *common, "--patch", tmp_path / "npo", "--max-probes", 4)
+    assert "answers right" in out
+    shell("bake", tmp_path / "npo", "--model", workplace / "model", "--output", tmp_path / "baked")
+    with pytest.raises(PatchMismatch):
+        load_patch(tmp_path / "npo", LM.load(str(tmp_path / "baked")))
+
+
+def test_finetune_takes_a_file_and_refuses_other_methods(workplace, tmp_path):
+    common = ("--model", workplace / "model", "--scope", workplace / "scope", "--output", tmp_path / "patch")
+    (tmp_path / "mine.yaml").write_text("{kind: finetune, objectives: [{kind: ga, weight: 0.1}, retain_kl]}")
+    shell("finetune", tmp_path / "mine.yaml", *common, "--set", "max_steps=1", "--whole")
+    result = CliRunner().invoke(app, ["finetune", "farrell", *map(str, common), "--set", "dictionaries=[a]"])
+    assert isinstance(result.exception, InvalidConfig)
+    assert "farrell is a suppress method" in str(result.exception)
 
 
 def test_rank_shows_features(workplace):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Literal, NamedTuple
 
@@ -15,9 +15,9 @@ from ..component import Frozen
 from ..data.corpus import Corpus, sequences
 from ..errors import EmptyData
 from ..lm import LM, Site
+from ..tracking import Progress
 from .stream import n_rows, stream
 
-Progress = Callable[[int], None]
 Shard = dict[Site, Float[Tensor, "rows d"]]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,9 @@ from ..data.corpus import Corpus
 from ..errors import CorruptArtifact, EmptyData, InvalidConfig
 from ..files import write_atomically
 from ..lm import LM
+from ..tracking import Progress
 from .processes import Processes
 from .shards import Harvest, Shard, cut, read
-
-Progress = Callable[[int], None]
 
 FORMAT = 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,8 +12,7 @@ from torch import Tensor
 from ..data.encode import pad
 from ..errors import EmptyData
 from ..lm import LM, Site
-
-Progress = Callable[[int], None]
+from ..tracking import Progress
 
 
 class Rows(NamedTuple):

@@ -11,9 +11,8 @@ from torch import Tensor
 from ..component import Frozen
 from ..errors import DictionaryMismatch, EmptyData
 from ..lm import LM, Context
+from ..tracking import Progress
 from .base import Dictionary, check_width
-
-Progress = Callable[[int], None]
 
 
 class Quality(Frozen):

@@ -16,11 +16,11 @@ from ..component import Frozen
 from ..errors import InvalidConfig, NonFinite
 from ..journal import Journal
 from ..lm import Site
+from ..tracking import Progress
 from .architecture import Architecture, Job, Trainee
 from .base import Dictionary
 from .load import load_dictionary
 
-Progress = Callable[[int], None]
 Log = Callable[[int, Site, Mapping[str, float]], None]
 Evaluate = Callable[[Dictionary], Mapping[str, float]]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,9 +13,8 @@ from ..data.scope import Scope
 from ..dictionaries import Dictionary, Slice
 from ..errors import NonFinite
 from ..lm import LM, Context
+from ..tracking import Progress
 from .stats import Stats
-
-Progress = Callable[[int], None]
 
 
 def attribute(

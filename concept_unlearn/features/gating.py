@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,9 +18,8 @@ from ..dictionaries import Slice, direction
 from ..errors import EmptyData
 from ..gates import Gate, ProbeGate, Signal, conformal_threshold
 from ..lm import LM, Site
+from ..tracking import Progress
 from .probe import Views, fit_probe
-
-Progress = Callable[[int], None]
 
 _MAX_PASSAGES = 200
 """Of each kind, evenly spread over what the scope has."""

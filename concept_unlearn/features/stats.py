@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,7 @@ from ..dictionaries import Dictionary
 from ..dictionaries.base import check_width
 from ..errors import DictionaryMismatch, EmptyData
 from ..lm import LM, Site
-
-Progress = Callable[[int], None]
+from ..tracking import Progress
 
 _BINS_PER_OCTAVE = 4
 _LOWEST_OCTAVE, _HIGHEST_OCTAVE = -10, 14

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..data.encode import pad
+from ..tracking import Progress
 from .locate import is_hooked, root
-
-Progress = Callable[[int], None]
 
 
 def generate_ids(

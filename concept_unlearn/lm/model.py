@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..data.encode import chat_head, encode_answer, encode_prompt, has_chat_template
 from ..errors import InvalidData, NonFinite
+from ..tracking import Progress
 from . import hooks
 from .fingerprint import fingerprint
 from .forward import forward, run_until_stopped
@@ -22,8 +23,6 @@ from .load import load
 from .locate import is_hooked, locate, n_layers, root, text_config
 from .score import Scored, score_answers, score_texts
 from .site import Site
-
-Progress = Callable[[int], None]
 
 
 class LM:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..data.encode import Padded, pad
+from ..tracking import Progress
 from .context import answering
 from .forward import forward, log_softmax, new_cache
-
-Progress = Callable[[int], None]
 
 
 class Scored(NamedTuple):

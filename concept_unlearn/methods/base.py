@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from pydantic import GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 from torch import Tensor
 
 from ..component import Component
@@ -20,9 +23,8 @@ from ..features.gating import Fitted, fit_gate
 from ..gates import Gate
 from ..lm import LM, Site
 from ..patches import Patch
+from ..tracking import Progress
 from .presets import PRESETS
-
-Progress = Callable[[int], None]
 
 
 class Study:
@@ -81,6 +83,14 @@ class Method(Component, family=True):
                 raise UnknownName("preset", name, PRESETS)
             spec = PRESETS[name] | {key: value for key, value in spec.items() if key != "preset"}
         return super().parse(spec)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        found = super().__get_pydantic_json_schema__(schema, handler)
+        if cls is Method:
+            preset = {"properties": {"preset": {"enum": sorted(PRESETS)}}, "required": ["preset"], "type": "object"}
+            found["anyOf"].append(preset | {"title": "preset"})
+        return found
 
     @abstractmethod
     def fit(self, study: Study) -> Patch:

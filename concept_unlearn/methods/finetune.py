@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from ..data.scope import Scope
 from ..errors import InvalidConfig, NonFinite
 from ..journal import Journal
 from ..lm.fingerprint import fingerprint
@@ -85,6 +86,11 @@ class Finetune(Method, Optimisation):
         if not all(t.isfinite().all() for t in patch.tensors().values() if t.is_floating_point()):
             raise NonFinite("training ended in NaN or infinite weights: try a lower learning rate")
         return patch.to(getattr(torch, self.store))
+
+    def n_items(self, scope: Scope) -> int:
+        """How much its progress adds up to: forget items (retained ones where nothing is forgotten)."""
+        n = len(scope.forget)
+        return round(self.epochs * n) if self.max_steps is None else self.max_steps * min(self.batch_size, n)
 
     def _trainable(self, study: Study) -> AbstractContextManager[Trainable]:
         if self.adapter is not None:

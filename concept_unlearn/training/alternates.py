@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ..data.examples import Passage, normalise
 from ..lm import LM
-
-Progress = Callable[[int], None]
+from ..tracking import Progress
 
 _ASK = (
     'Question: "{question}"\nAnswer: "{answer}"\n\nInvent another answer to this question, in the same style, with '

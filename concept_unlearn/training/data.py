@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from ..data.examples import Passage
 from ..data.scope import Scope
 from ..errors import EmptyData, UnknownName
 from ..lm import LM
 from ..lm.locate import is_hooked, text_config
+from ..tracking import Progress
 from .alternates import alternates
 from .loop import SIDES, Data
 from .rows import Encoder, Split, answered, order, plain, refused
 from .settings import Optimisation
-
-Progress = Callable[[int], None]
 
 
 def make_data(

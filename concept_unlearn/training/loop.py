@@ -24,6 +24,7 @@ from ..lm import LM
 from ..lm.head import Head
 from ..objectives import Objective
 from ..step import Batch, Read, Reference, Step, Tally
+from ..tracking import Progress
 from ..weights import Delta, restore_delta
 from .rows import Split, order
 from .settings import Optimisation, Watch
@@ -31,7 +32,6 @@ from .trainable import Trainable
 
 _KEPT = ("step", "alpha", "at_first", "too_low", "stopped")
 
-Progress = Callable[[int], None]
 Log = Callable[[int, Mapping[str, float]], None]
 Probe = Callable[[int], None]
 """Told how many steps have been taken, while the model holds the weights of that moment; it leaves them alone."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,9 +19,8 @@ from ..errors import CorruptArtifact, InvalidConfig
 from ..lm import LM, Site
 from ..lm.head import Head
 from ..step import Batch, Read, Reference, Where, read
+from ..tracking import Progress
 from .rows import Split
-
-Progress = Callable[[int], None]
 
 
 class CachedReference:

@@ -1,0 +1,11 @@
+"""``concept-unlearn``: each verb is a function of the package, with the same names and defaults.
+
+They are imported in the order in which ``--help`` names them.
+"""
+
+# isort: off
+from .app import app as app
+from .app import main as main
+from . import unlearning as unlearning
+from . import dictionaries as dictionaries
+from . import about as about

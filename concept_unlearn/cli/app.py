@@ -1,0 +1,90 @@
+"""What all verbs share: the application, its console, options, progress bars and the way errors are told."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from ..errors import ConceptUnlearnError
+
+app = typer.Typer(
+    help="Make a language model forget a concept, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first does the talking
+
+Model = Annotated[str, typer.Option(help="smollm2, a Hub id, a folder or a .gguf file.")]
+ScopeName = Annotated[str, typer.Option("--scope", help="A built-in concept, a folder, a .jsonl file or a dataset id.")]
+Dictionary = Annotated[
+    str, typer.Option(help="A shipped dictionary, a SAELens folder, release/sae_id, or a Hub repository.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one key, e.g. method.n=20 or training.lr=1e-4. Repeatable.")
+]
+Spec = Annotated[str, typer.Option(help="A component by name or as YAML, e.g. 'clamp' or '{kind: clamp, to: -50}'.")]
+
+
+def main() -> None:
+    """The console script: our own errors are one readable line and exit code 2."""
+    try:
+        app()
+    except ConceptUnlearnError as error:
+        line = Text.assemble((type(error).__name__, "bold red"), f": {error}")  # what was given may hold brackets
+        Console(stderr=True).print(line, soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        line = Text.assemble(
+            ("Disk full", "bold red"), f": {error}. What was finished is kept: free space, run it again."
+        )
+        Console(stderr=True).print(line, soft_wrap=True, highlight=False)
+        sys.exit(2)
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, int | None], Any]]:
+    """One bar a stage; they go when all is done, so that the table stands alone."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+
+        @contextmanager
+        def track(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+            task = progress.add_task(title, total=total)
+            yield lambda n: progress.advance(task, n)
+            seen = progress.tasks[task].completed
+            progress.update(task, total=total or seen or 1, completed=total or seen or 1)
+
+        yield track
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Libraries' own progress bars and advice, out of the way of ours."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        yield

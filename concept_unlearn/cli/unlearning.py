@@ -1,0 +1,208 @@
+"""Verbs that unlearn, and that measure what came of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+import yaml
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import InvalidConfig
+from .app import Dictionary, Model, Overrides, ScopeName, Spec, app, bars, console, quiet
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="A YAML file, see configs/ and the schema verb.")],
+    set_: Overrides = None,
+) -> None:
+    """Unlearn a concept as a config says, compare, and write a report.
+
+    A run that was stopped goes on where it was when it is started again.
+    """
+    from ..run import execute, load_run
+
+    wanted = load_run(config, set_ or [])
+    with quiet(), bars() as track:
+        report = execute(wanted, tracker=track)
+    console.print(report.table())
+    console.print(f"\nreport: {wanted.output / 'report.html'}   patch: {wanted.output / 'patch'}")
+
+
+@app.command()
+def unlearn(
+    scope: ScopeName,
+    output: Annotated[Path, typer.Option(help="Folder for the patch.")],
+    dictionary: Annotated[list[str], typer.Option(help="One or several, each edits its own site.")],
+    model: Model = "smollm2",
+    score: Spec = "selectivity",
+    n: Annotated[int, typer.Option(help="Features of each dictionary.")] = 10,
+    edit: Spec = "{kind: clamp, to: {of_norm: -1.0}}",
+    gate: Spec = "always",
+    keep: Annotated[float, typer.Option(help="Share of neighbouring accuracy that must stay.")] = 0.98,
+    max_perplexity: Annotated[float, typer.Option(help="How much general perplexity may grow, as a factor.")] = 1.01,
+    max_gibberish: Annotated[float, typer.Option(help="How many more replies in scope may be gibberish.")] = 0.05,
+    grid: Annotated[int, typer.Option(help="Strengths to try from 0 to 1.")] = 11,
+) -> None:
+    """Make a calibrated patch from features of a dictionary and save it.
+
+    It is made from one half of the scope, so that ``evaluate`` can report on the other.
+    """
+    from ..calibrate import calibrate
+    from ..data.scope import Scope
+    from ..lm import LM
+    from ..methods import Suppress
+
+    with quiet(), bars() as track:
+        lm, tune = LM.load(model), Scope.load(scope).halves().tune
+        method = Suppress.parse(
+            {
+                "kind": "suppress", "dictionaries": tuple(dictionary), "n": n, "score": yaml.safe_load(score),
+                "edit": yaml.safe_load(edit), "gate": yaml.safe_load(gate),
+            }
+        )  # fmt: skip
+        with track("measure and select features", None) as progress:
+            patch = method(lm, tune, progress=progress)
+        with track("calibrate", None) as progress:
+            patch = calibrate(
+                lm, patch, tune, keep=keep, max_perplexity=max_perplexity, max_gibberish=max_gibberish, grid=grid,
+                progress=progress,
+            )  # fmt: skip
+        patch.save(output)
+    console.print(f"{output}: strength {patch.strength:.3g}, {patch.n_bytes / 1024:.0f} KB")
+
+
+@app.command()
+def finetune(
+    recipe: Annotated[str, typer.Argument(help="A preset such as npo (the list verb names them), or a YAML file.")],
+    scope: ScopeName,
+    output: Annotated[Path, typer.Option(help="Folder for the patch, and for checkpoints while it is made.")],
+    model: Model = "smollm2",
+    set_: Overrides = None,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Keep with all retained text; half of it is left for evaluate otherwise.")
+    ] = False,
+) -> None:
+    """Unlearn by gradients and save what changed in the weights as a patch.
+
+    A call that was stopped goes on to the same weights. Several processes share it:
+    accelerate launch -m concept_unlearn finetune ...
+    """
+    from dataclasses import replace
+
+    from ..activations.processes import Processes
+    from ..config import override
+    from ..data.scope import Scope
+    from ..lm import LM
+    from ..methods import Finetune, Method, Study
+
+    spec = yaml.safe_load(Path(recipe).read_text()) if recipe.endswith((".yaml", ".yml")) else {"preset": recipe}
+    for line in set_ or []:
+        override(spec, line)
+    method = Method.parse(spec)
+    if not isinstance(method, Finetune):
+        raise InvalidConfig(f"{recipe} is a {method.kind} method; the unlearn and run verbs serve those")
+    with quiet(), bars() as track:
+        lm, found = LM.load(model), Scope.load(scope)
+        if not whole:
+            found = replace(found.halves().tune, forget=found.forget)
+        with track(f"finetune {recipe}", method.n_items(found)) as progress:
+            patch = method.fit(Study(lm, found, folder=output / "work", progress=progress))
+        if Processes.here().rank == 0:
+            patch.save(output, lm)
+            shutil.rmtree(output / "work")
+    console.print(f"{output}: {len(patch.deltas)} parameters changed, {patch.n_bytes / 2**20:.0f} MB")
+
+
+@app.command()
+def bake(
+    patch: Annotated[Path, typer.Argument(help="Folder of a saved patch of weights.")],
+    output: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
+    model: Model = "smollm2",
+    strength: Annotated[float | None, typer.Option(help="The patch's own where not given.")] = None,
+) -> None:
+    """Write an ordinary checkpoint of a model with a patch in its weights."""
+    from ..lm import LM
+    from ..patches import WeightPatch, load_patch
+
+    with quiet(), bars() as track, track("bake", None):
+        lm = LM.load(model)
+        loaded = load_patch(patch, lm)
+        if not isinstance(loaded, WeightPatch):
+            raise InvalidConfig(f"{patch} is a {loaded.kind} patch: it acts while the model runs, not in its weights")
+        (loaded if strength is None else loaded.at(strength)).bake(lm, output)
+    console.print(f"{output}: {lm.name} with {patch} in its weights")
+
+
+@app.command()
+def evaluate(
+    scope: ScopeName,
+    patch: Annotated[list[Path], typer.Option(help="A saved patch's folder. Repeatable; the first leads the report.")],
+    model: Model = "smollm2",
+    output: Annotated[Path | None, typer.Option(help="Folder for report.html, summary.json and rows.jsonl.")] = None,
+    max_probes: Annotated[int | None, typer.Option(help="Of each set; all where not given.")] = None,
+    any_base: Annotated[
+        bool, typer.Option(help="Accept a patch of another base if its canary says it still works.")
+    ] = False,
+) -> None:
+    """Measure saved patches on the reporting half of a scope."""
+    from ..compare import compare
+    from ..data.scope import Scope
+    from ..evaluation.concept import ConceptBenchmark
+    from ..lm import LM
+    from ..patches import load_patch
+
+    with quiet(), bars() as track:
+        lm = LM.load(model)
+        patches = {path.name: load_patch(path, lm, any_base=any_base) for path in patch}
+        benchmark = ConceptBenchmark(Scope.load(scope).halves().test, max_probes=max_probes)
+        with track("evaluate", benchmark.n_steps * (1 + len(patches))) as progress:
+            report = compare(lm, patches, benchmark, progress=progress)
+    console.print(report.table())
+    if output:
+        report.save(output)
+        console.print(f"\nreport: {output / 'report.html'}")
+
+
+@app.command()
+def rank(
+    scope: ScopeName,
+    dictionary: Dictionary,
+    model: Model = "smollm2",
+    score: Spec = "selectivity",
+    n: Annotated[int, typer.Option(help="How many to show.")] = 20,
+) -> None:
+    """Show the features that belong to a concept."""
+    from ..data.scope import Scope
+    from ..dictionaries import load_dictionary
+    from ..features import Score, measure, select
+    from ..lm import LM
+
+    with quiet(), bars() as track:
+        lm, loaded, chosen = LM.load(model), Scope.load(scope), Score.parse(yaml.safe_load(score))
+        features = load_dictionary(dictionary)
+        n_passages = len(loaded.forget) + len(loaded.near) + len(loaded.retain)
+        with track("measure features", n_passages) as progress:
+            stats = measure(lm, features, loaded, progress=progress)
+    values = chosen(stats)
+    table = Table(title=Text(f"{loaded.name} in {features.name} by {chosen.kind}"), title_justify="left")
+    for column in ("feature", "score", "forget tokens", "retain tokens", "forget mean", "largest"):
+        table.add_column(column, justify="right")
+    for i in select(stats, chosen, min(n, int(values.isfinite().sum()))):
+        f, r = stats.forget, stats.retain
+        table.add_row(
+            str(i),
+            f"{values[i]:.4g}",
+            f"{f.rate[i]:.2%}",
+            f"{r.rate[i]:.3%}",
+            f"{f.mean[i]:.3g}",
+            f"{f.largest[i]:.3g}",
+        )
+    console.print(table)
