@@ -2,9 +2,12 @@
 
     python benchmarks/finetune_step.py --json
 
-Same model, same rows, same optimiser and learning rate, fp32. Both sides run in turn, each in a process of its own so
-that peak memory is its own; throughput counts everything after loading, our pass for the reference's log-probabilities
-included. The losses of every step stand side by side.
+Same model, same rows in the same optimiser steps, same optimiser and learning rate, fp32. The plain way puts
+``--device-batch`` rows through the model at a time, ours ``--micro-batch``, which changes memory
+and speed but never a result. Both sides run in turn, each in a process of its own so that peak memory is its own;
+throughput counts everything after loading, our pass for the reference's log-probabilities included. The losses of every
+step stand side by side; the plain way is told the token counts of the whole step, without which accumulation would
+change its loss.
 """
 
 from __future__ import annotations
@@ -37,8 +40,10 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data", type=Path, help="TOFU's full.jsonl; the built-in harry_potter scope where not given")
     parser.add_argument("--items", type=int, default=32, help="forget items, and as many to retain")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=32, help="forget items an optimiser step")
+    parser.add_argument("--device-batch", type=int, default=16)
+    parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--side", choices=["ours", "plain"], help=argparse.SUPPRESS)
@@ -83,7 +88,7 @@ def make(options: argparse.Namespace) -> tuple[LM, Scope, Finetune]:
         whole = Scope.load("harry_potter")
         scope = Scope.of("built-in", forget=whole.forget[: options.items], retain=whole.retain[: options.items])
     method = Finetune(
-        objectives=(NPO(beta=0.1), RetainNLL()), lr=LR, batch_size=options.batch, micro_batch=options.batch,
+        objectives=(NPO(beta=0.1), RetainNLL()), lr=LR, batch_size=options.batch, micro_batch=options.micro_batch,
         epochs=options.epochs, schedule="constant", warm_up=0, clip=1.0, seed=SEED, max_length=256,
     )  # fmt: skip
     return lm, scope, method
@@ -117,8 +122,8 @@ def plain(options: argparse.Namespace) -> dict:
             now = self.nll(model(**_given(forget)).logits, forget["labels"])
             npo = -(2 / 0.1) * torch.nn.functional.logsigmoid(0.1 * (now - reference)).mean()
             kept = self.nll(model(**_given(retain)).logits, retain["labels"])
-            loss = npo + kept.sum() / (retain["labels"][:, 1:] != -100).sum()
-            losses.append(loss.item())
+            loss = npo + kept.sum() / inputs["tokens"] * accumulate  # the Trainer divides by it
+            losses.append(loss.item() / accumulate)
             return loss
 
         @staticmethod
@@ -128,10 +133,11 @@ def plain(options: argparse.Namespace) -> dict:
             )
             return each.sum(-1)
 
-    rows = [(f, r) for epoch in range(options.epochs) for f, r in _pairs(data, epoch)]
+    accumulate = options.batch // options.device_batch
+    rows = _steps(data, options)
 
     def collate(pairs):
-        found = {}
+        found = {"tokens": pairs[0][2]}
         for i, split in enumerate(("forget", "retain")):
             batch = data.splits[split].batch([pair[i] for pair in pairs])
             found[split] = {"input_ids": batch.ids, "labels": batch.labels, "attention_mask": batch.mask.long()}
@@ -139,7 +145,8 @@ def plain(options: argparse.Namespace) -> dict:
 
     idle = _peak()
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=options.batch, num_train_epochs=1, learning_rate=LR,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=options.device_batch,
+        gradient_accumulation_steps=accumulate, num_train_epochs=1, learning_rate=LR,
         lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, report_to=[], save_strategy="no",
         logging_strategy="no", use_cpu=not torch.cuda.is_available(), remove_unused_columns=False, disable_tqdm=True,
     )  # fmt: skip
@@ -148,15 +155,24 @@ def plain(options: argparse.Namespace) -> dict:
     trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
     lm.model.train()
     trainer.train()
-    return _told(options, time.perf_counter() - start, losses, idle)
+    seconds = time.perf_counter() - start
+    steps = [sum(losses[i : i + accumulate]) for i in range(0, len(losses), accumulate)]
+    return _told(options, seconds, steps, idle)
 
 
-def _pairs(data, epoch: int):
-    """The forget and retain rows in the order in which ours takes them."""
-    n, m = len(data.items["forget"]), len(data.items["retain"])
-    retained = [order(m, seed=SEED + 1, epoch=lap) for lap in range((epoch + 1) * n // m + 1)]
-    for place, i in enumerate(order(n, seed=SEED, epoch=epoch), epoch * n):
-        yield i, retained[place // m][place % m]
+def _steps(data, options: argparse.Namespace) -> list[tuple[int, int, int]]:
+    """Forget row, retain row and the retained tokens of their optimiser step, in the order in which ours takes them."""
+    n, m, pairs = len(data.items["forget"]), len(data.items["retain"]), []
+    for epoch in range(options.epochs):
+        for place, i in enumerate(order(n, seed=SEED, epoch=epoch), epoch * n):
+            pairs.append((i, order(m, seed=SEED + 1, epoch=place // m)[place % m]))
+    rows = data.splits["retain"].rows
+    length = [len(row.ids) - row.n_prompt for row in rows]
+    found = []
+    for start in range(0, len(pairs), options.batch):
+        step = pairs[start : start + options.batch]
+        found += [(f, r, sum(length[r] for _, r in step)) for f, r in step]
+    return found
 
 
 def _given(batch):

@@ -96,13 +96,13 @@ def one(options: argparse.Namespace, name: str, method: Method | None, results: 
     results.mkdir(parents=True, exist_ok=True)
     found: dict[str, object] = {"method": name}
     if method is None:
-        found |= measure(lm, scope)
+        found |= measure(lm, scope, said=options.half == "report")
     else:
         before, start = _peak(), time.process_time()
         patch = method(lm, scope, folder=results / f"{name}.work", progress=_say(method.epochs * AUTHOR, name))
         found |= {"cpu_seconds": time.process_time() - start, "loaded_mb": before, "peak_mb": _peak()}
         with patch.on(lm):
-            found |= measure(lm, scope)
+            found |= measure(lm, scope, said=options.half == "report")
         found |= {"changed_mb": patch.n_bytes / 2**20, "spec": method.spec()}
         for file in (results / f"{name}.work").glob("checkpoint*"):
             file.unlink()
@@ -110,16 +110,16 @@ def one(options: argparse.Namespace, name: str, method: Method | None, results: 
     print({k: round(v, 3) if isinstance(v, float) else v for k, v in found.items() if k != "spec"}, flush=True)
 
 
-def measure(lm: LM, scope: Scope) -> dict[str, float]:
+def measure(lm: LM, scope: Scope, *, said: bool) -> dict[str, float]:
+    """``said``: also what it says, not only how likely the answers are."""
     kept = scope.retain[:: len(scope.retain) // 40]
     texts = Scope.of("general", forget=["nothing"], retain=None).retain[:24]
     rows = read_texts(lm, texts, 96)
     nll, n = -sum(row.logprob for row in rows), sum(row.n_tokens for row in rows)
-    return {
-        "forget_probability": probability(lm, scope.forget), "forget_rouge": rouge(lm, scope.forget),
-        "retain_probability": probability(lm, kept), "retain_rouge": rouge(lm, kept[::2]),
-        "perplexity": math.exp(nll / n),
-    }  # fmt: skip
+    found = {"forget_probability": probability(lm, scope.forget), "retain_probability": probability(lm, kept)}
+    if said:
+        found |= {"forget_rouge": rouge(lm, scope.forget), "retain_rouge": rouge(lm, kept[::2])}
+    return found | {"perplexity": math.exp(nll / n)}
 
 
 def probability(lm: LM, passages) -> float:

@@ -39,6 +39,11 @@ from .edits import Shift as Shift
 from .edits import Zero as Zero
 from .errors import ConceptUnlearnError as ConceptUnlearnError
 from .evaluation.concept import ConceptBenchmark as ConceptBenchmark
+from .evaluation.g_effect import GEffect as GEffect
+from .evaluation.g_effect import PGEffect as PGEffect
+from .evaluation.g_effect import g_effect as g_effect
+from .evaluation.g_effect import pg_effect as pg_effect
+from .evaluation.g_effect import trace_g_effect as trace_g_effect
 from .features import AttributionScore as AttributionScore
 from .features import AUCScore as AUCScore
 from .features import CountScore as CountScore
@@ -106,5 +111,8 @@ from .report import Report as Report
 from .run import Run as Run
 from .run import execute as execute
 from .run import load_run as load_run
+from .step import Batch as Batch
+from .step import Read as Read
+from .step import Step as Step
 from .training import PrimalDual as PrimalDual
 from .training import Watch as Watch

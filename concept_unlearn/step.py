@@ -31,6 +31,8 @@ supervised tokens' own positions, or all there are, padding too. The last two ar
 
 
 class Batch(NamedTuple):
+    """Rows of one split, padded on either side."""
+
     ids: Int[Tensor, "batch seq"]
     labels: Int[Tensor, "batch seq"]
     """The ids again, aligned with them, -100 where a token is not supervised."""

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from test_run import config
 from typer.testing import CliRunner
 
 from concept_unlearn.cli import app, main
 from concept_unlearn.errors import InvalidConfig, PatchMismatch
 from concept_unlearn.lm import LM
+from concept_unlearn.methods import Method, preset
 from concept_unlearn.patches import load_patch
 
 
@@ -45,7 +47,7 @@ def test_unlearn_then_evaluate(workplace, tmp_path):
 def test_finetune_then_evaluate_then_bake(workplace, tmp_path):
     common = ("--model", workplace / "model", "--scope", workplace / "scope")
     out = shell("finetune", "npo", *common, "--output", tmp_path / "npo", "--set", "lr=1e-2", "--set", "epochs=2")
-    assert "30 parameters" in out
+    assert "changed, 0 MB" in out
     assert {p.name.split("-")[0] for p in (tmp_path / "npo").iterdir()} == {"config.json", "patch"}
     out = shell("evaluate", *common, "--patch", tmp_path / "npo", "--max-probes", 4)
     assert "answers right" in out
@@ -61,6 +63,11 @@ def test_finetune_takes_a_file_and_refuses_other_methods(workplace, tmp_path):
     result = CliRunner().invoke(app, ["finetune", "farrell", *map(str, common), "--set", "dictionaries=[a]"])
     assert isinstance(result.exception, InvalidConfig)
     assert "farrell is a suppress method" in str(result.exception)
+
+
+def test_a_recipe_is_shown_with_all_its_settings():
+    assert Method.parse(yaml.safe_load(shell("show", "npo_kl"))) == preset("npo_kl")
+    assert yaml.safe_load(shell("show", "dsg"))["dictionaries"] == ["DICTIONARY"]
 
 
 def test_rank_shows_features(workplace):

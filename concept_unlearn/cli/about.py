@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+import yaml
 from rich.table import Table
 
 from .app import app, bars, console, quiet
@@ -37,15 +38,29 @@ def list_() -> None:
     from ..gates import Gate
     from ..lm.embedded import EMBEDDED
     from ..methods import PRESETS, Method
+    from ..objectives import Objective
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for what, names in (
         ("models", EMBEDDED), ("concepts", concepts()), ("dictionaries", shipped()), ("scores", Score.members),
-        ("edits", Edit.members), ("gates", Gate.members), ("methods", Method.members), ("presets", PRESETS),
+        ("edits", Edit.members), ("gates", Gate.members), ("methods", Method.members),
+        ("objectives", Objective.members), ("presets", PRESETS),
         ("architectures to train", Architecture.members),
     ):  # fmt: skip
         table.add_row(f"[bold]{what}[/bold]", ", ".join(names))
     console.print(table)
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="A preset, see the list verb.")]) -> None:
+    """A published recipe as YAML, with every setting: the start of a config of your own."""
+    from ..errors import UnknownName
+    from ..methods import PRESETS, Method
+
+    if name not in PRESETS:
+        raise UnknownName("preset", name, PRESETS)
+    missing = {"dictionaries": ["DICTIONARY"]} if PRESETS[name]["kind"] == "suppress" else {}
+    sys.stdout.write(yaml.safe_dump(Method.parse({"preset": name} | missing).spec(), sort_keys=False))
 
 
 @app.command()

@@ -149,8 +149,15 @@ def test_a_prompt_both_in_and_out_of_scope_is_an_error():
         Scope.of(
             "x", forget=["a"], in_easy=[{"prompt": "Who?", "answers": "a"}], out_far=[{"prompt": "who", "answers": "b"}]
         )
-    with pytest.raises(InvalidData, match="both to forget and to keep"):
-        Scope.of("x", forget=["The same."], near=["the same"])
+
+
+def test_passages_both_to_forget_and_to_keep_are_counted():
+    with pytest.warns(UserWarning, match=r"1 of 2 passages to forget are also to be kept, such as 'The same\.'"):
+        Scope.of("x", forget=["The same.", "Other."], near=["the same"])
+
+
+def test_the_same_answer_to_another_question_is_another_passage():
+    Scope.of("x", forget=[{"question": "A?", "answer": "Yes."}], retain=[{"question": "B?", "answer": "Yes."}])
 
 
 @pytest.mark.parametrize(
