@@ -20,6 +20,7 @@ from concept_unlearn.lm import LM
 from concept_unlearn.patches import load_patch
 from concept_unlearn.recipe import Recipe
 from concept_unlearn.run import Run, execute, load_run
+from concept_unlearn.training import Loop
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -62,6 +63,31 @@ def finished(workplace, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "whole"
     report = execute(load_run(config(workplace, output)))
     return output, report
+
+
+def test_a_recipe_by_its_name_is_a_method_and_goes_on_where_its_training_was(workplace, tmp_path, monkeypatch):
+    recipe = {"preset": "npo", "lr": 1e-2, "batch_size": 5, "epochs": 6, "checkpoint_every": 2}
+    settings = {"method": recipe, "compare": {"grad": recipe | {"preset": "grad_diff"}}, "calibration": None}
+    whole = config(workplace, tmp_path / "whole", **settings)
+    report = execute(load_run(whole))
+    assert [entry.name for entry in report.entries] == ["sae", "grad"]
+    assert not (tmp_path / "whole" / "work" / "sae").exists()
+
+    taken, take = [], Loop._take
+
+    def counted(self):
+        taken.append(self.step)
+        if len(taken) == 4:
+            raise KeyboardInterrupt
+        return take(self)
+
+    monkeypatch.setattr(Loop, "_take", counted)
+    stopped = config(workplace, tmp_path / "stopped", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        execute(load_run(stopped))
+    execute(load_run(stopped))
+    assert taken[:6] == [0, 1, 2, 3, 2, 3]
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
 def test_a_run_leaves_everything_that_was_promised(finished):

@@ -13,7 +13,7 @@ from ..lm import LM
 from ..lm.locate import is_hooked, text_config
 from ..tracking import Progress
 from .alternates import alternates
-from .loop import SIDES, Data
+from .plan import SIDES, Data
 from .rows import Encoder, Split, answered, order, plain, refused
 from .settings import Optimisation
 

@@ -21,6 +21,7 @@ from concept_unlearn.patches import load_patch
 from concept_unlearn.step import Read, Step
 from concept_unlearn.training import PrimalDual, Watch
 from concept_unlearn.training.data import make_data
+from concept_unlearn.training.plan import Plan
 from concept_unlearn.training.settings import Optimisation
 
 FORGETTING = sorted(name for name, row in PRESETS.items() if row["kind"] == "finetune")
@@ -323,10 +324,8 @@ class TestASteps:
         assert len(fit(lm, scope, max_steps=2)[1]) == 2
 
     def test_each_retained_row_comes_once_before_any_comes_twice(self, lm, scope, monkeypatch):
-        from concept_unlearn.training import Loop
-
-        taken, items = [], Loop._items
-        monkeypatch.setattr(Loop, "_items", lambda self: taken.append(items(self)) or taken[-1])
+        taken, items = [], Plan.items
+        monkeypatch.setattr(Plan, "items", lambda self, step: taken.append(items(self, step)) or taken[-1])
         fit(lm, scope, epochs=4)
         rows = [i for step in taken for i in step["retain"]]
         n = len((*scope.near, *scope.retain))
