@@ -28,7 +28,14 @@ class ModelSpec(Frozen):
 
 def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Raises InvalidConfig or UnknownName."""
-    path = Path(path)
+    data = read_mapping(Path(path))
+    for line in overrides:
+        override(data, line)
+    return build(cls, data)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """What a YAML file holds. Raises InvalidConfig."""
     if not path.is_file():
         raise InvalidConfig(f"no config file {path}")
     try:
@@ -37,9 +44,7 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
         raise InvalidConfig(f"{path} is not YAML: {error}") from None
     if not isinstance(data, dict):
         raise InvalidConfig(f"{path} should hold a mapping; it holds {type(data).__name__}")
-    for line in overrides:
-        override(data, line)
-    return build(cls, data)
+    return data
 
 
 def override(data: dict[str, Any], line: str) -> None:

@@ -37,6 +37,8 @@ class Journal:
     def claim(self) -> None:
         """Raises InvalidConfig, which names what differs, where the folder holds other work."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(f".{self._path.name}.*.tmp"):  # by a process that died while it saved
+            left.unlink(missing_ok=True)
         path = self.folder / f"{self._name}.json"
         if not path.is_file():
             write_atomically(path, json.dumps({"key": self.key} | self._what, indent=1).encode())

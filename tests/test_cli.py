@@ -13,6 +13,7 @@ from test_run import config
 from typer.testing import CliRunner
 
 from concept_unlearn.cli import app, main
+from concept_unlearn.cli.unlearning import finetune
 from concept_unlearn.errors import InvalidConfig, PatchMismatch
 from concept_unlearn.lm import LM
 from concept_unlearn.methods import Method, preset
@@ -63,6 +64,23 @@ def test_finetune_takes_a_file_and_refuses_other_methods(workplace, tmp_path):
     result = CliRunner().invoke(app, ["finetune", "farrell", *map(str, common), "--set", "dictionaries=[a]"])
     assert isinstance(result.exception, InvalidConfig)
     assert "farrell is a suppress method" in str(result.exception)
+
+
+def test_finetune_touches_nothing_that_is_not_its_own(workplace, tmp_path):
+    common = ("--model", workplace / "model", "--scope", workplace / "scope")
+    (tmp_path / "mine" / "work").mkdir(parents=True)
+    (tmp_path / "mine" / "work" / "thesis.txt").write_text("mine")
+    for folder, foreign in (("mine", "work"), ("thesis.txt", "is a file")):
+        (tmp_path / "thesis.txt").write_text("mine")
+        with pytest.raises(InvalidConfig, match=foreign):
+            finetune("npo", output=tmp_path / folder, scope=str(workplace / "scope"))
+    with pytest.raises(InvalidConfig, match="holds something else"):
+        finetune("npo", output=workplace / "model", scope=str(workplace / "scope"))
+    assert (tmp_path / "mine" / "work" / "thesis.txt").read_text() == "mine"
+    with pytest.raises(InvalidConfig, match="no config file"):
+        finetune(str(tmp_path / "none.yaml"), output=tmp_path / "new", scope=str(workplace / "scope"))
+    for _ in range(2):  # its own patch may be made anew
+        shell("finetune", "npo", *common, "--output", tmp_path / "new", "--set", "max_steps=1")
 
 
 def test_a_recipe_is_shown_with_all_its_settings():

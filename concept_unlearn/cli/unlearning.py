@@ -95,30 +95,44 @@ def finetune(
     A call that was stopped goes on to the same weights. Several processes share it:
     accelerate launch -m concept_unlearn finetune ...
     """
-    from dataclasses import replace
-
     from ..activations.processes import Processes
-    from ..config import override
+    from ..config import override, read_mapping
     from ..data.scope import Scope
     from ..lm import LM
-    from ..methods import Finetune, Method, Study
+    from ..methods import PRESETS, Finetune, Method, Study
 
-    spec = yaml.safe_load(Path(recipe).read_text()) if recipe.endswith((".yaml", ".yml")) else {"preset": recipe}
+    spec = read_mapping(Path(recipe)) if recipe.endswith((".yaml", ".yml")) else {"preset": recipe}
     for line in set_ or []:
         override(spec, line)
+    kind = PRESETS.get(spec.get("preset", ""), spec).get("kind", Finetune.kind)
+    if kind != Finetune.kind:
+        raise InvalidConfig(f"{recipe} is a {kind} method: the unlearn and run verbs serve those")
     method = Method.parse(spec)
-    if not isinstance(method, Finetune):
-        raise InvalidConfig(f"{recipe} is a {method.kind} method; the unlearn and run verbs serve those")
+    assert isinstance(method, Finetune)
+    _check_is_free(output)
     with quiet(), bars() as track:
         lm, found = LM.load(model), Scope.load(scope)
         if not whole:
-            found = replace(found.halves().tune, forget=found.forget)
+            found = found.keeping_half()
         with track(f"finetune {recipe}", method.n_items(found)) as progress:
             patch = method.fit(Study(lm, found, folder=output / "work", progress=progress))
         if Processes.here().rank == 0:
             patch.save(output, lm)
             shutil.rmtree(output / "work")
     console.print(f"{output}: {len(patch.deltas)} parameters changed, {patch.n_bytes / 2**20:.0f} MB")
+
+
+def _check_is_free(output: Path) -> None:
+    """Nothing but a patch of ours, or the work on one, may stand where a patch is to be put."""
+    if output.exists() and not output.is_dir():
+        raise InvalidConfig(f"{output} is a file: give a folder for the patch")
+    entries = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    unfinished = {"work"} if (output / "work" / "finetuning.json").is_file() else set()
+    finished = {n for n in entries if n == "config.json" or (n.startswith("patch-") and n.endswith(".safetensors"))}
+    if "config.json" in finished and "canary" not in (output / "config.json").read_text():
+        finished = set()
+    if foreign := sorted(entries - unfinished - finished):
+        raise InvalidConfig(f"{output} holds something else ({foreign[0]}): give another folder for the patch")
 
 
 @app.command()

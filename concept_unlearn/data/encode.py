@@ -88,7 +88,7 @@ def end_of_answer(tokenizer: Any) -> list[int]:
         turns = [{"role": "user", "content": "sun"}, {"role": "assistant", "content": _REPLY}]
         rendered: str = tokenizer.apply_chat_template(turns, tokenize=False, date_string=_TEMPLATE_DATE)
         tail = _plain(tokenizer, rendered.rpartition(_REPLY)[2].strip())
-        if tail:
+        if tail and _REPLY in rendered:
             return tail[:1]
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 

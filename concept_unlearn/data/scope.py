@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -125,6 +125,11 @@ class Scope:
         if not test["forget"]:
             raise EmptyData(f"scope {self.name!r} has a single forget passage: two halves need at least two")
         return Halves(Scope(self.name, **tune), Scope(self.name, **test))
+
+    def keeping_half(self) -> Scope:
+        """All that is to be forgotten, and of the passages to keep the half that ``halves`` gives to ``tune``."""
+        near, retain = _deal(self.near)[0], _deal(self.retain)[0]
+        return replace(self, near=near, retain=retain)
 
     @classmethod
     def _from_folder(cls, folder: Path, name: str) -> Scope:

@@ -1,8 +1,8 @@
 """The end of a model: its last hidden state, read with gradients, and the head that turns it into logits.
 
-Training needs logits at a few positions only, so the model runs with its head cut down to one position and the head
-is called apart on the hidden states that matter. What a model does to its logits after the head (a soft cap, a
-scale) is done here as well, and the one position the model computed itself shows that it was done right.
+Training needs logits at a few positions only, so the model runs with its head cut down to a few positions and the
+head is called apart on the hidden states that matter. What a model does to its logits after the head (a soft cap, a
+scale) is done here as well, and the positions the model computed itself show that it was done right.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from ..errors import NotExact
 from .forward import forward
 from .locate import is_hooked, root, text_config
 
-_TOLERANCE = 0.05
-"""Of the largest logit: far above bfloat16's rounding, far below what a forgotten cap or scale does."""
+_CHECKED = 8
+"""Positions that the model still gives logits of itself."""
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Of the largest logit; half precision is held to 0.05, far below what a forgotten cap or scale does."""
 
 
 class Head:
@@ -31,11 +33,15 @@ class Head:
         self.model, self._chunk, self._checked = model, chunk, False
         base: Any = root(model)
         self._own = is_hooked(base)
-        self.module: nn.Module = base.unembed if self._own else base.get_output_embeddings()
+        found = base.unembed if self._own else base.get_output_embeddings()
+        if not isinstance(found, nn.Module):
+            raise NotExact(f"{type(base).__name__} has no language-model head")
+        self.module: nn.Module = found
         if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
             raise NotExact(f"{type(base).__name__} is an encoder-decoder: only decoders are trained here")
         config = base.cfg if self._own else text_config(base)
-        cap = getattr(config, "output_logits_soft_cap" if self._own else "final_logit_softcapping", None)
+        caps = ("output_logits_soft_cap",) if self._own else ("final_logit_softcapping", "logits_soft_cap")
+        cap = next((c for name in caps if (c := getattr(config, name, None)) is not None), None)
         self._cap: float | None = cap if cap is not None and cap > 0 else None
         self._scale = float(getattr(config, "logit_scale", 1.0) or 1.0) / float(
             getattr(config, "logits_scaling", 1.0) or 1.0
@@ -61,7 +67,7 @@ class Head:
 
         def cut(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             seen.append(args[0])
-            return (args[0][:1, :1], *args[1:])
+            return (args[0][:1, :_CHECKED], *args[1:])
 
         handle = self.module.register_forward_pre_hook(cut)
         try:
@@ -69,7 +75,7 @@ class Head:
         finally:
             handle.remove()
         if not self._checked:
-            self._check(seen[-1][:1, 0], own[0])
+            self._check(seen[-1][0, :_CHECKED], own[0])
         return seen[-1]
 
     def each(
@@ -90,9 +96,10 @@ class Head:
 
     @torch.no_grad()
     def _check(self, hidden: Tensor, own: Tensor) -> None:
-        own = own.float()
-        missing = (self(hidden).float() - own).abs().max()
-        if missing > _TOLERANCE * own.abs().max():
+        precise = _TOLERANCE.get(own.dtype, 0.05) if not torch.is_autocast_enabled(own.device.type) else 0.05
+        own = own.double()
+        missing = (self(hidden).double() - own).abs().max()
+        if missing > precise * own.abs().max():
             raise NotExact(
                 f"{type(self.model).__name__} does more to its logits than its head, a cap and a scale: they differ by "
                 f"{float(missing):.3g}, so they cannot be computed at the answer alone"

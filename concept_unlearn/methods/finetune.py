@@ -7,24 +7,28 @@ import json
 import os
 import warnings
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..data.scope import Scope
 from ..errors import InvalidConfig, NonFinite
 from ..journal import Journal
+from ..lm import LM
 from ..lm.fingerprint import fingerprint
 from ..lm.head import Head
 from ..objectives import Objective
 from ..patches import WeightPatch
 from ..step import LiveReference
 from ..training import Log, Loop, Optimisation, Probe
+from ..training.adapter import train_adapter
 from ..training.data import make_data
 from ..training.references import look_up
-from ..training.trainable import Trainable, autocast, checkpointed, train_adapter, train_weights
+from ..training.trainable import Trainable, autocast, checkpointed, train_weights
 from .base import Method, Study
+
+_CHANGES_NOTHING = ("checkpoint_every", "micro_batch", "gradient_checkpointing", "store")
 
 
 class Finetune(Method, Optimisation):
@@ -45,6 +49,14 @@ class Finetune(Method, Optimisation):
     store: Literal["float32", "bfloat16"] = "float32"
     """How the patch holds its change; bfloat16 takes half the space and rounds the change, not the weight."""
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if any(o in self.objectives[:i] for i, o in enumerate(self.objectives)):
+            raise ValueError("two objectives are equal: give one of them twice the weight instead")
+        if self.balance and not any(o.retains for o in self.objectives):
+            raise ValueError("a balance needs an objective that retains, such as retain_nll")
+        return self
+
     def fit(self, study: Study, *, log: Log | None = None, probe: Probe | None = None) -> WeightPatch:
         """``log(step, values)`` hears of every step's losses; ``probe(step)`` may look at the model as it is then."""
         lm = study.lm
@@ -54,15 +66,17 @@ class Finetune(Method, Optimisation):
         journal, model = None, fingerprint(lm.model)
         if study.folder is not None:
             rows = {name: [split.rows, split.by_epoch] for name, split in data.splits.items()}
-            what = {"model": model, "dtype": str(lm.dtype), "method": self.spec(), "rows": _digest(rows)}
-            del what["method"]["checkpoint_every"]  # type: ignore[attr-defined]
+            spec = {name: value for name, value in self.spec().items() if name not in _CHANGES_NOTHING}
+            what = {"model": model, "weights": _sum(lm), "dtype": str(lm.dtype), "method": spec, "rows": _digest(rows)}
             journal = Journal(study.folder, what, name="finetuning")
             journal.claim()
-        head, precision = Head(lm.model), autocast(lm, self.precision)
+        precision = autocast(lm, self.precision)
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             trainable = stack.enter_context(self._trainable(study))
             stack.enter_context(checkpointed(lm, self.gradient_checkpointing))
+            head = Head(lm.model)
             live = LiveReference(lm, head, trainable.as_it_was)
             with precision():
                 reference = look_up(
@@ -97,8 +111,9 @@ class Finetune(Method, Optimisation):
             if self.parameters is not None:
                 raise InvalidConfig("an adapter has parameters of its own: give target_modules there, not parameters")
             return train_adapter(study.lm, self.adapter, seed=self.seed)
-        named = [names for o in self.objectives if (names := o.trains(study.lm)) is not None]
-        return train_weights(study.lm, self.parameters or (named[0] if named else None))
+        meant = [o.trains(study.lm) for o in self.objectives if not o.retains]
+        named = tuple(dict.fromkeys(name for names in meant for name in names or ()))
+        return train_weights(study.lm, self.parameters or (named if named and None not in meant else None))
 
 
 def _refuse_sharding() -> None:
@@ -108,6 +123,13 @@ def _refuse_sharding() -> None:
                 f"{name} is set: finetuning shares a step's rows among processes, each with the whole model; launch it "
                 "without sharding, or train an adapter with gradient_checkpointing to save memory"
             )
+
+
+def _sum(lm: LM) -> str:
+    """Of every bit of every parameter, in whatever order it is taken."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [int(p.detach().view(bits[p.element_size()]).sum()) for p in lm.model.parameters()]
+    return _digest(sums)
 
 
 def _digest(value: Any) -> str:

@@ -17,7 +17,7 @@ _TRIES = 3
 
 def alternates(lm: LM, passages: Sequence[Passage], *, seed: int, progress: Progress | None = None) -> list[str | None]:
     """One for each passage that has a prompt; None where nothing but the true answer came (AltPO, arXiv 2409.13474)."""
-    found = [p.alternates[0] if p.alternates else None for p in passages]
+    found = [next((a for a in p.alternates if normalise(a) != normalise(p.text)), None) for p in passages]
     for attempt in range(_TRIES):
         open_ = [i for i, p in enumerate(passages) if found[i] is None and p.prompt]
         prompts = [_ASK.format(question=passages[i].prompt, answer=passages[i].text) for i in open_]

@@ -16,6 +16,7 @@ from .alternates import alternates
 from .plan import SIDES, Data
 from .rows import Encoder, Split, answered, order, plain, refused
 from .settings import Optimisation
+from .trainable import flags_restored
 
 
 def make_data(
@@ -33,7 +34,8 @@ def make_data(
     if "retain_refusal" in wanted:
         retain = _asked(retain, "to keep")
     if "alternate" in wanted:
-        answers = alternates(lm, forget, seed=settings.seed, progress=progress)
+        with flags_restored(lm.model):
+            answers = alternates(lm, forget, seed=settings.seed, progress=progress)
         forget = _with_answers(forget, answers)
         made["alternate"] = answered(encoder, forget, [a for a in answers if a is not None])
     watched = {"forget", "retain"} if settings.watch else set()

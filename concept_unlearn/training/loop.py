@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..activations.processes import Processes
-from ..errors import Diverged, NonFinite
+from ..errors import Diverged, InvalidConfig, NonFinite
 from ..journal import Journal
 from ..lm import LM
 from ..lm.head import Head
@@ -89,6 +89,7 @@ class Loop:
             if self.step % self.settings.checkpoint_every == 0 and not (last or self.stopped):
                 self._checkpoint()
         self._checkpoint(done=True)
+        self.optimizer.state.clear()
         return self.watcher.outcome() if self.watcher else self.trainable.deltas()
 
     # One optimiser step.
@@ -105,7 +106,8 @@ class Loop:
                     losses = [o(step) for o in group.objectives]
                     weighted = [self._weight(o) * x for o, x in zip(group.objectives, losses, strict=True)]
                     total = torch.stack(weighted).sum()
-                total.backward()
+                if total.requires_grad:
+                    total.backward()
                 for i, x in zip(group.indices, losses, strict=True):
                     sums[i] += x.detach().double().cpu()
                 for i, split in enumerate(_SAID, len(self.objectives)):
@@ -129,9 +131,13 @@ class Loop:
         """Losses and gradients, summed over all processes."""
         sums = sums.to(self.lm.device)
         self.here.sum(sums)
-        for p in self.trainable.parameters.values() if self.here.world > 1 else ():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self.here.sum(p.grad)
+        if self.here.world > 1:
+            parameters = list(self.trainable.parameters.values())
+            reached = torch.tensor([float(p.grad is not None) for p in parameters], device=self.lm.device)
+            self.here.sum(reached)
+            for p in (p for p, n in zip(parameters, reached.tolist(), strict=True) if n):
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                self.here.sum(p.grad)
         return sums
 
     def _tally(self, group: Group, parts: Sequence[Mapping[str, Batch]]) -> Tally | None:
@@ -173,7 +179,8 @@ class Loop:
         if not all(map(math.isfinite, values.values())):
             bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
             raise NonFinite(f"{at}: NaN or infinite {bad}; {kept}: try a lower learning rate, or gradient clipping")
-        guess, now = math.log(self.head.vocabulary), values.get("retain_nll", 0.0)
+        guess = math.log(self.head.vocabulary)
+        now = max(values.get("retain_nll", 0.0), values.get("retain_kl", 0.0))
         self.at_first = now if self.at_first is None else self.at_first
         if now > 1.5 * max(guess, self.at_first):
             raise Diverged(
@@ -187,7 +194,14 @@ class Loop:
         balance = self.settings.balance
         if balance is None:
             return 0.0
-        return 1.1 * self._retained_loss() if balance.eps is None else balance.eps
+        if balance.eps is not None:
+            return balance.eps
+        now = self._retained_loss()
+        if now < 1e-6:
+            raise InvalidConfig(
+                "balance.eps: what retains costs the untouched model nothing, so say how much it may cost"
+            )
+        return 1.1 * now
 
     def _balance(self, sums: Sequence[float]) -> None:
         balance, taken = self.settings.balance, self.step + 1

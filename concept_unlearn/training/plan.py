@@ -80,7 +80,8 @@ class Plan:
 
     def parts(self, group: Group, items: Mapping[str, Sequence[int]], epoch: int = 0) -> list[dict[str, Batch]]:
         """Batches of a group's splits, cut so that rows of like length go together."""
-        n_parts = max(-(-len(items[SIDES[split]]) // self.settings.micro_batch) for split in group.splits)
+        sizes = {len(items[SIDES[split]]) for split in group.splits}
+        n_parts = min(-(-max(sizes) // self.settings.micro_batch), min(sizes))  # no part may lack a side
         found: list[dict[str, Batch]] = [{} for _ in range(n_parts)]
         for side in dict.fromkeys(SIDES[split] for split in group.splits):
             splits = {name: self.data.splits[name] for name in group.splits if SIDES[name] == side}

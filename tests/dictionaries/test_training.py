@@ -231,7 +231,7 @@ def test_a_finished_training_is_loaded_and_another_one_refused(store, trained):
     before = weights(trained)
     train_stored(store, trained)
     assert weights(trained) == before
-    with pytest.raises(InvalidConfig, match=r"its lr is 0\.0004, asked for is 0\.1"):
+    with pytest.raises(InvalidConfig, match=r"its training\.lr is 0\.0004, asked for is 0\.1"):
         train(Store(store), tiny_training(lr=0.1), trained)
 
 

@@ -16,7 +16,7 @@ from workers import finetune_in, start, tiny_finetune, tiny_scope, together
 from concept_unlearn.errors import Diverged, InvalidConfig, NonFinite, UnknownName
 from concept_unlearn.lm import LM
 from concept_unlearn.methods import PRESETS, Finetune, Method, Study
-from concept_unlearn.objectives import GA, IDK, NPO, CappedGA, Hinge, RetainKL, RetainNLL
+from concept_unlearn.objectives import GA, IDK, NPO, CappedGA, Hinge, Objective, RetainKL, RetainNLL
 from concept_unlearn.patches import load_patch
 from concept_unlearn.step import Read, Step
 from concept_unlearn.training import PrimalDual, Watch
@@ -113,6 +113,43 @@ class TestTheModelAfterwards:
             fit(lm, scope, adapter=adapter, probe=fail)
         assert_as_before(lm, before)
 
+    def test_an_adapter_that_would_leave_its_mark_is_refused(self, lm, scope):
+        q = {"target_modules": ["q_proj"]}
+        for settings, says in [
+            (q | {"init_lora_weights": "pissa"}, "begins by changing"), (q | {"bias": "lora_only"}, None),
+            ({"peft_type": "LN_TUNING", "target_modules": ["norm"]}, "no change of weights"),
+            (q | {"layer_replication": [[0, 3], [0, 3]]}, "no change of weights"),
+            (q | {"trainable_token_indices": [3]}, "no change of weights"),
+            (q | {"lora_bias": True}, "no change of weights"),
+        ]:  # fmt: skip
+            before = state(lm)
+            if says is None:
+                fit(lm, scope, adapter=settings)
+            else:
+                with pytest.raises(InvalidConfig, match=f"adapter: .*{says}"):
+                    fit(lm, scope, adapter=settings)
+            assert_as_before(lm, before)
+
+    def test_an_adapter_of_biases_or_of_tied_weights_is_refused(self, scope):
+        lm = LM(make_hf("gpt2"), make_tokenizer())
+        before = state(lm)
+        with pytest.raises(InvalidConfig, match=r"adapter: it would train .*bias itself"):
+            fit(lm, scope, adapter={"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True})
+        with pytest.raises(InvalidConfig, match=r"adapter: transformer\.wte\.weight is also lm_head\.weight"):
+            fit(lm, scope, adapter={"target_modules": ["wte"]})
+        assert_as_before(lm, before)
+
+    def test_a_model_that_has_an_adapter_keeps_it(self, lm, scope, ids):
+        import peft
+
+        lm.model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        with torch.no_grad():
+            want = lm.logits(ids)
+        with pytest.raises(InvalidConfig, match="this model has one already"):
+            fit(lm, scope, adapter={"target_modules": ["q_proj"]})
+        with torch.no_grad():
+            assert torch.equal(lm.logits(ids), want)
+
     def test_half_precision_is_trained_in_full_and_put_back(self, scope):
         lm = LM(make_hf().to(torch.bfloat16), make_tokenizer(), name="half")
         before = state(lm)
@@ -132,9 +169,10 @@ class TestTheResult:
             None, {"r": 2, "target_modules": ["q_proj", "down_proj"]},
             {"r": 2, "use_rslora": True, "target_modules": ["q_proj"]},
             {"r": 2, "use_dora": True, "target_modules": ["q_proj"]},
+            {"r": 2, "lora_dropout": 0.5, "target_modules": ["q_proj", "lm_head"]},
             {"peft_type": "IA3", "target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
         ],
-        ids=["full", "lora", "rslora", "dora", "ia3"],
+        ids=["full", "lora", "rslora", "dora", "head", "ia3"],
     )  # fmt: skip
     def test_the_patch_is_the_trained_model(self, lm, scope, ids, adapter):
         last = {}
@@ -231,6 +269,21 @@ class TestHoweverItIsRun:
     def test_gradient_checkpointing_changes_nothing(self, lm, scope):
         assert_close(fit(lm, scope)[0], fit(lm, scope, gradient_checkpointing=True)[0], rtol=0, atol=1e-6)
 
+    def test_half_precision_looks_at_the_same_reference(self, scope):
+        """Autocast would keep the cast of a weight after another was put in its place, and KL would see itself."""
+        half, full = (LM(make_hf().to(torch.bfloat16).to(d), make_tokenizer()) for d in (torch.bfloat16, torch.float32))
+        settings = {"objectives": (GA(), RetainKL()), "parameters": ("lm_head.weight",), "lr": 3e-2}
+        seen, want = ([values["retain_kl"] for values in fit(lm, scope, **settings)[1]] for lm in (half, full))
+        assert want[-1] > 0.05
+        assert seen == pytest.approx(want, rel=0.2, abs=2e-3)
+
+    def test_a_caller_without_gradients_changes_nothing(self, lm, scope):
+        want, _ = fit(lm, scope)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                found, _ = fit(lm, scope)
+            assert_equal(found, want)
+
     def test_dropout_is_off(self, scope):
         lm, quiet = LM(make_hf("gpt2"), make_tokenizer()), LM(make_hf("gpt2"), make_tokenizer())
         for module in quiet.model.modules():
@@ -300,6 +353,16 @@ class TestStops:
         assert losses == []
         assert_equal(again, first)
 
+    def test_less_memory_may_be_asked_for_on_the_way(self, lm, scope, tmp_path):
+        def stop(step):
+            if step == 4:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fit(lm, scope, folder=tmp_path, probe=stop, checkpoint_every=2)
+        smaller = {"micro_batch": 1, "gradient_checkpointing": True}
+        assert_close(fit(lm, scope, folder=tmp_path, **smaller)[0], fit(lm, scope)[0], rtol=0, atol=1e-5)
+
     def test_a_folder_of_another_training_is_refused(self, lm, scope, tmp_path):
         fit(lm, scope, folder=tmp_path)
         with pytest.raises(InvalidConfig, match=r"another finetuning \(its method\.lr is 0\.003, asked for is 0\.1\)"):
@@ -319,6 +382,23 @@ class TestASteps:
         assert rates[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
         assert all(a > b for a, b in pairwise(rates[4:]))
         assert rates[-1] == pytest.approx(1e-3 / 8)
+
+    def test_no_part_of_a_step_lacks_what_an_objective_reads(self, lm, scope):
+        class Both(Objective):
+            """Reads both sides."""
+
+            def reads(self, lm):
+                return (Read("forget"), Read("retain"))
+
+            def __call__(self, step):
+                return step.token_mean("retain", step.nll("retain")) - step.token_mean("forget", step.nll("forget"))
+
+        try:
+            both, _ = fit(lm, scope, objectives=(Both(),), retain_per_forget=4, micro_batch=1)
+            apart, _ = fit(lm, scope, objectives=(GA(), RetainNLL()), retain_per_forget=4)
+        finally:
+            del Objective.members["both"]
+        assert_close(both, apart, rtol=0, atol=1e-5)
 
     def test_max_steps_stands_in_for_epochs(self, lm, scope):
         assert len(fit(lm, scope, max_steps=2)[1]) == 2
@@ -433,6 +513,21 @@ class TestBadInput:
     def test_overlapping_sets_are_counted(self, scope):
         with pytest.warns(UserWarning, match="1 of 10 passages to forget are also to be kept"):
             type(scope)(scope.name, forget=scope.forget, retain=(*scope.retain, scope.forget[3]))
+
+    def test_objectives_that_do_not_go_together_are_told_so(self, lm, scope):
+        for settings, says in [
+            ({"objectives": (GA(), GA())}, "two objectives are equal"),
+            ({"objectives": (GA(),), "balance": PrimalDual()}, "needs an objective that retains"),
+        ]:
+            with pytest.raises(ValueError, match=says):
+                tiny_finetune(**settings)
+        with pytest.raises(InvalidConfig, match=r"balance\.eps: .* say how much it may cost"):
+            fit(lm, scope, objectives=(GA(), RetainKL()), balance=PrimalDual())
+
+    def test_quantised_weights_are_refused(self, lm, scope):
+        lm.model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.ones(32, 16).to(torch.int8), False)
+        with pytest.raises(InvalidConfig, match=r"layers\.0\.mlp\.up_proj\.weight and 0 others are quantised"):
+            fit(lm, scope)
 
     def test_a_launcher_that_shards_is_refused(self, lm, scope, monkeypatch):
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
