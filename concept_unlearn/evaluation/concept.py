@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,10 @@ from ..data.scope import IN_SCOPE, OUT_OF_SCOPE, PROBES, Scope
 from ..errors import EmptyData
 from ..lm import LM
 from ..patches import Patch
+from ..tracking import Progress
 from .bootstrap import Estimate, estimate
 from .fluency import is_gibberish, surprises
 from .probes import ProbeRow, probe_rows
-
-Progress = Callable[[int], None]
 
 TEXTS = {"forget": "forget", "near": "near", "general": "retain"}
 """Perplexity is measured on these passages of the scope."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..component import Frozen
 from ..data.encode import encode_answer, has_chat_template
 from ..data.examples import Probe
 from ..lm import LM
+from ..tracking import Progress
 from .fluency import is_repetitive
-
-Progress = Callable[[int], None]
 
 CLOZE_TOKENS, CHAT_TOKENS = 10, 32
 """How far into a generation an accepted answer may stand."""
