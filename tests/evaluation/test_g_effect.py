@@ -293,6 +293,18 @@ def test_the_standard_error_is_how_much_the_effect_varies_or_a_little_more(lm):
         assert 0.7 < said / spread < 2  # here noise outweighs the gradients, so up to sqrt(2) is right
 
 
+def test_of_the_same_passages_the_effect_is_too_large_by_the_variance_of_the_gradient(lm):
+    many = Scope.of("many", forget=texts(60, 5), retain=texts(60, 6), out_far=[])
+
+    def mean(same):
+        settings = {"same_batches": same, "batches": 1, "batch_size": 6, "errors": False}
+        return np.mean([g_effect(lm, many, GA(), seed=seed, **settings).at().unlearning for seed in range(12)])
+
+    right = g_effect(lm, many, GA(), same_batches=True, batches=1, batch_size=60, errors=False).at().unlearning
+    assert mean(same=True) < 1.5 * right
+    assert abs(mean(same=False) - right) < 0.5 * abs(mean(same=True) - right)
+
+
 def test_as_the_authors_do_gradients_of_the_same_batches_are_smoothed(scope):
     lm, beta = exact(), 0.5
     found = g_effect(lm, scope, NPO(beta=beta), compat="paper", reference=exact(seed=1), batches=4, batch_size=3)
