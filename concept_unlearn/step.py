@@ -180,6 +180,7 @@ class Step:
         self._whole = whole if whole is not None else {split: [batch] for split, batch in batches.items()}
         self._memo: dict[tuple[object, ...], Tensor] = {}
         self._passes: dict[str, Reading] = {}
+        self._heard: dict[str, dict[int, Tensor]] = {}
 
     def batch(self, split: str) -> Batch:
         """Raises InvalidData for a split that is not there."""
@@ -197,8 +198,13 @@ class Step:
         where: Where = "answer",
     ) -> Float[Tensor, " n"]:
         """``fn(logits, labels)`` gives one number a token; of many tokens it is asked some at a time."""
-        labels = self.labels(split, where)
-        return self._head.each(self._hidden(split, where), lambda z, which: fn(z, labels[which]))
+        labels, heard = self.labels(split, where), self._hearing(split, where)
+
+        def ask(z: Tensor, which: slice) -> Tensor:
+            heard(z, which)
+            return fn(z, labels[which])
+
+        return self._head.each(self._hidden(split, where), ask)
 
     def tokens_beside(
         self,
@@ -207,11 +213,14 @@ class Step:
         where: Where = "answer",
     ) -> Float[Tensor, " n"]:
         """``fn(logits, reference_logits, labels)``, the same with the reference's logits beside the model's."""
-        labels = self.labels(split, where)
+        labels, heard = self.labels(split, where), self._hearing(split, where)
         hidden = self._declared(Read(split, "logits", where, True), lambda b: self._reference.hidden(split, b, where))
-        return self._head.each(
-            self._hidden(split, where), lambda z, which: fn(z, self._reference.logits(hidden[which]), labels[which])
-        )
+
+        def ask(z: Tensor, which: slice) -> Tensor:
+            heard(z, which)
+            return fn(z, self._reference.logits(hidden[which]), labels[which])
+
+        return self._head.each(self._hidden(split, where), ask)
 
     def nll(self, split: str) -> Float[Tensor, " n"]:
         """-log p of every supervised token: c."""
@@ -220,9 +229,10 @@ class Step:
             self._memo[key] = self.tokens(split, lambda z, y: cross_entropy(z, y, reduction="none"))
         return self._memo[key]
 
-    def seen_nll(self, split: str) -> Float[Tensor, " n"] | None:
-        """``nll``, if an objective has asked for it."""
-        return self._memo.get((split, "nll"))
+    def heard_nll(self, split: str) -> Float[Tensor, " n"] | None:
+        """``nll`` without gradients, if an objective has asked for logits of all supervised tokens."""
+        heard = self._heard.get(split)
+        return None if heard is None else torch.cat([heard[start] for start in sorted(heard)])
 
     def reference_nll(self, split: str) -> Float[Tensor, " n"]:
         return self._declared(Read(split, "nll", "answer", True), lambda b: self._reference.nll(split, b))
@@ -235,6 +245,23 @@ class Step:
     def reference_activations(self, split: str, site: Site, where: Where) -> Float[Tensor, "n d"]:
         x = self._declared(Read(split, site, where, True), lambda b: self._reference.activations(split, b, site, where))
         return x if x.dtype == torch.float64 else x.float()
+
+    def _hearing(self, split: str, where: Where) -> Callable[[Float[Tensor, "m vocab"], slice], None]:
+        """A listener to logits, for what they say of the supervised tokens: nothing is computed twice to log it."""
+        batch = self.batch(split)
+        read, answer = batch.positions(where), batch.positions()
+        if split in self._heard or bool((answer & ~read).any()):
+            return lambda z, which: None
+        chosen, labels = answer[read], self.labels(split, where)
+        heard: dict[int, Tensor] = {}
+        self._heard[split] = heard
+
+        def listen(z: Tensor, which: slice) -> None:
+            if which.start not in heard:
+                own = chosen[which]
+                heard[which.start] = cross_entropy(z.detach()[own], labels[which][own], reduction="none")
+
+        return listen
 
     # Where the tokens stand.
 

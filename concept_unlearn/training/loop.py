@@ -111,8 +111,8 @@ class Loop:
                 for i, x in zip(group.indices, losses, strict=True):
                     sums[i] += x.detach().double().cpu()
                 for i, split in enumerate(_SAID, len(self.objectives)):
-                    if (c := step.seen_nll(split)) is not None:
-                        sums[i] += step.token_mean(split, c).detach().double().cpu()
+                    if (c := step.heard_nll(split)) is not None:
+                        sums[i] += step.token_mean(split, c).double().cpu()
         sums = self._shared(sums)
         lr = self.settings.lr * self.plan.rate(self.step)
         norm = torch.nn.utils.clip_grad_norm_(self.trainable.parameters.values(), self.settings.clip or math.inf)
@@ -169,8 +169,7 @@ class Loop:
         found = {"loss": sum(self._weight(o) * x for o, x in losses)}
         found |= {o.kind if kinds.count(o.kind) == 1 else f"{o.kind}.{i}": x for i, (o, x) in enumerate(losses)}
         found |= {"grad_norm": norm, "lr": lr}
-        read = {r.split for group in self.plan.groups for r in group.reads if r.what == "nll" and not r.reference}
-        found |= {f"{s}_nll": x for s, x in zip(_SAID, sums[len(self.objectives) :], strict=True) if s in read}
+        found |= {f"{s}_nll": x for s, x in zip(_SAID, sums[len(self.objectives) :], strict=True) if x}
         return found | ({"alpha": self.alpha} if self.settings.balance else {})
 
     def _guard(self, values: Mapping[str, float]) -> None:
@@ -180,7 +179,7 @@ class Loop:
             bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
             raise NonFinite(f"{at}: NaN or infinite {bad}; {kept}: try a lower learning rate, or gradient clipping")
         guess = math.log(self.head.vocabulary)
-        now = max(values.get("retain_nll", 0.0), values.get("retain_kl", 0.0))
+        now = values.get("retain_nll", 0.0)
         self.at_first = now if self.at_first is None else self.at_first
         if now > 1.5 * max(guess, self.at_first):
             raise Diverged(

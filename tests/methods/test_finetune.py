@@ -16,7 +16,21 @@ from workers import finetune_in, start, tiny_finetune, tiny_scope, together
 from concept_unlearn.errors import Diverged, InvalidConfig, NonFinite, UnknownName
 from concept_unlearn.lm import LM
 from concept_unlearn.methods import PRESETS, Finetune, Method, Study
-from concept_unlearn.objectives import GA, IDK, NPO, CappedGA, Hinge, Objective, RetainKL, RetainNLL
+from concept_unlearn.objectives import (
+    CEU,
+    GA,
+    IDK,
+    ME,
+    NPO,
+    UNDIAL,
+    CappedGA,
+    Hinge,
+    Margin,
+    Objective,
+    RetainKL,
+    RetainNLL,
+    TemperatureGA,
+)
 from concept_unlearn.patches import load_patch
 from concept_unlearn.step import Read, Step
 from concept_unlearn.training import PrimalDual, Watch
@@ -411,6 +425,14 @@ class TestASteps:
         n = len((*scope.near, *scope.retain))
         assert sorted(rows[:n]) == list(range(n))
         assert [sorted(i for step in taken[k : k + 3] for i in step["forget"]) for k in (0, 3)] == [list(range(10))] * 2
+
+    @pytest.mark.parametrize("objective", [TemperatureGA(), CEU(), UNDIAL(), Margin(), ME()], ids=lambda o: o.kind)
+    def test_plain_loss_is_logged_beside_an_objective_that_reads_logits(self, lm, scope, objective):
+        settings = {"lr": 1e-9, "max_steps": 2, "micro_batch": 2}
+        want = fit(lm, scope, objectives=(GA(), RetainNLL()), **settings)[1]
+        seen = fit(lm, scope, objectives=(objective, RetainKL()), **settings)[1]
+        for a, b in zip(seen, want, strict=True):
+            assert (a["forget_nll"], a["retain_nll"]) == pytest.approx((b["forget_nll"], b["retain_nll"]), rel=1e-5)
 
 
 class TestBalance:
