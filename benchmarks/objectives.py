@@ -145,7 +145,7 @@ def table(results: Path, names: list[str]) -> str:
         "retain prob.",
         "retain ROUGE",
         "perplexity",
-        "seconds",
+        "CPU s",
         "peak MB",
     ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
