@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import CorruptArtifact, InvalidConfig
-from .files import write_atomically
+from .files import save_tensors, write_atomically
 
 
 class Checkpoint(NamedTuple):
@@ -52,15 +50,7 @@ class Journal:
 
     def save(self, tensors: Mapping[str, Tensor], notes: Any) -> None:
         """Whole or not at all; the file before it stays until then."""
-        scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        try:
-            kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-            save_file(kept, scratch, {"key": self.key, "notes": json.dumps(notes)})
-            with scratch.open("rb+") as file:
-                os.fsync(file.fileno())
-            scratch.replace(self._path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        save_tensors(self._path, tensors, {"key": self.key, "notes": json.dumps(notes)})
 
     def load(self, device: str = "cpu") -> Checkpoint | None:
         """Raises CorruptArtifact."""

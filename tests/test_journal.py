@@ -46,7 +46,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 def test_a_save_that_fails_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
     mine = journal(tmp_path)
     mine.save({"x": torch.ones(1)}, {"step": 1})
-    monkeypatch.setattr("concept_unlearn.journal.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("concept_unlearn.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         mine.save({"x": torch.zeros(1)}, {"step": 2})
     assert mine.load().notes == {"step": 1}

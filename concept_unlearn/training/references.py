@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import CorruptArtifact, InvalidConfig
+from ..files import save_tensors
 from ..lm import LM, Site
 from ..lm.head import Head
 from ..step import Batch, Read, Reference, Where, read
@@ -144,9 +143,7 @@ def _save(path: Path, key: dict[str, str], found: Mapping[Read, Sequence[Tensor]
         tensors[_name(r)] = torch.cat(list(rows))
         tensors[f"{_name(r)}/lengths"] = torch.tensor([len(row) for row in rows])
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, scratch, key)
-    scratch.replace(path)
+    save_tensors(path, tensors, key)
 
 
 def _name(r: Read) -> str:
