@@ -112,30 +112,30 @@ class LiveReference:
         self, lm: LM, head: Head, as_it_was: Callable[[nn.Module | None], AbstractContextManager[object]] = nullcontext
     ) -> None:
         """``as_it_was(None)`` brings back the whole model, ``as_it_was(module)`` at least that module."""
-        self._lm, self._head, self._as_it_was = lm, head, as_it_was
+        self.lm, self.head, self._as_it_was = lm, head, as_it_was
 
     def nll(self, split: str, batch: Batch) -> Float[Tensor, " n"]:
         targets = batch.ids.roll(-1, 1)[batch.positions()]
         hidden = self.hidden(split, batch, "answer")
-        with torch.no_grad(), self._as_it_was(self._head.module):
-            return self._head.each(hidden, lambda z, which: cross_entropy(z, targets[which], reduction="none"))
+        with torch.no_grad(), self._as_it_was(self.head.module):
+            return self.head.each(hidden, lambda z, which: cross_entropy(z, targets[which], reduction="none"))
 
     @torch.no_grad()
     def hidden(self, split: str, batch: Batch, where: Where) -> Float[Tensor, "n d"]:
         with self._as_it_was(None):
-            found = read(self._lm, self._head, batch, logits=True).hidden
+            found = read(self.lm, self.head, batch, logits=True).hidden
         assert found is not None
         return found[batch.positions(where)]
 
     @torch.no_grad()
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n vocab"]:
-        with self._as_it_was(self._head.module):
-            return self._head(hidden)
+        with self._as_it_was(self.head.module):
+            return self.head(hidden)
 
     @torch.no_grad()
     def activations(self, split: str, batch: Batch, site: Site, where: Where) -> Float[Tensor, "n d"]:
         with self._as_it_was(None):
-            found = read(self._lm, self._head, batch, logits=False, sites=[site])
+            found = read(self.lm, self.head, batch, logits=False, sites=[site])
         return found.activations[site][batch.positions(where)]
 
 

@@ -17,7 +17,7 @@ from conftest import make_hf, make_tokenizer, words
 from concept_unlearn import LM, Corpus, Scope
 from concept_unlearn.activations import Harvest, Live, Store, harvest
 from concept_unlearn.dictionaries import TopkArchitecture, Training, train
-from concept_unlearn.methods import Finetune
+from concept_unlearn.methods import Finetune, Study
 from concept_unlearn.objectives import GA, RetainNLL
 
 SITES = ("resid_post.0", "resid_post.1")
@@ -78,10 +78,30 @@ def tiny_finetune(**changes: Any) -> Finetune:
     return Finetune(**settings | changes)
 
 
-def finetune_in(folder: Path) -> None:
+def finetune_sharded_in(folder: Path, stop: int | None, **settings: Any) -> None:
+    """As ``finetune_in``, by processes that each hold a share; killed from within after ``stop`` steps."""
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    torch.set_num_threads(1)
+    lm = LM(make_hf().double(), make_tokenizer(), name="tiny")
+    before = [p.clone() for p in lm.model.parameters()]
+
+    def end(step: int) -> None:
+        if step == stop:
+            raise KeyboardInterrupt
+
+    try:
+        patch = tiny_finetune(**settings).fit(Study(lm, tiny_scope(), folder=folder), probe=end)
+    except KeyboardInterrupt:
+        return
+    assert all(torch.equal(p, q) for p, q in zip(before, lm.model.parameters(), strict=True))
+    if os.environ["RANK"] == "0":
+        patch.save(folder / "patch", lm)
+
+
+def finetune_in(folder: Path, **settings: Any) -> None:
     """Its checkpoints and log, and ``patch`` when it is done."""
     torch.set_num_threads(1)
-    lm, method = tiny_lm(), tiny_finetune(epochs=20, micro_batch=1, checkpoint_every=3)
+    lm, method = tiny_lm(), tiny_finetune(**{"epochs": 20, "micro_batch": 1, "checkpoint_every": 3} | settings)
     patch = method(lm, tiny_scope(), folder=folder)
     if os.environ.get("RANK", "0") == "0":
         patch.save(folder / "patch", lm)
@@ -112,24 +132,26 @@ def start(work: Callable[..., None], *arguments: Any) -> Any:
     return process
 
 
-def together(n: int, work: Callable[..., None], *arguments: Any) -> None:
+def together(n: int, work: Callable[..., None], *arguments: Any, **settings: Any) -> None:
     """``work`` in n processes that know of one another, as ``accelerate launch`` starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [start(_ranked, rank, n, port, work, *arguments) for rank in range(n)]
+    processes = [start(_ranked, rank, n, port, work, arguments, settings) for rank in range(n)]
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * n
 
 
-def _ranked(rank: int, world: int, port: int, work: Callable[..., None], *arguments: Any) -> None:
+def _ranked(
+    rank: int, world: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...], settings: dict[str, Any]
+) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     try:
-        work(*arguments)
+        work(*arguments, **settings)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

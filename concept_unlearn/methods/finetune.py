@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, Self
@@ -20,11 +19,11 @@ from ..lm.fingerprint import fingerprint
 from ..lm.head import Head
 from ..objectives import Objective
 from ..patches import WeightPatch
-from ..step import LiveReference
 from ..training import Log, Loop, Optimisation, Probe
 from ..training.adapter import train_adapter
 from ..training.data import make_data
 from ..training.references import look_up
+from ..training.sharded import is_sharded, train_shares
 from ..training.trainable import Trainable, autocast, checkpointed, train_weights
 from .base import Method, Study
 
@@ -60,7 +59,6 @@ class Finetune(Method, Optimisation):
     def fit(self, study: Study, *, log: Log | None = None, probe: Probe | None = None) -> WeightPatch:
         """``log(step, values)`` hears of every step's losses; ``probe(step)`` may look at the model as it is then."""
         lm = study.lm
-        _refuse_sharding()
         reads = tuple(dict.fromkeys(r for o in self.objectives for r in o.reads(lm)))
         data = make_data(lm, study.scope, [r.split for r in reads], self, progress=study.progress)
         journal, model = None, fingerprint(lm.model)
@@ -75,23 +73,16 @@ class Finetune(Method, Optimisation):
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             trainable = stack.enter_context(self._trainable(study))
-            stack.enter_context(checkpointed(lm, self.gradient_checkpointing))
-            head = Head(lm.model)
-            live = LiveReference(lm, head, trainable.as_it_was)
+            stack.enter_context(checkpointed(trainable.lm, self.gradient_checkpointing))
+            head = Head(trainable.lm.model)
+            live = trainable.reference(head)
             with precision():
                 reference = look_up(
-                    lm,
-                    head,
-                    data.splits,
-                    reads,
-                    live,
-                    model=model,
-                    folder=study.folder,
-                    batch_size=2 * self.micro_batch,
+                    live, data.splits, reads, model=model, folder=study.folder, batch_size=2 * self.micro_batch
                 )
             loop = Loop(
-                lm, self.objectives, data, self, trainable, head=head, reference=reference, autocast=precision,
-                journal=journal, log=log, probe=probe, progress=study.progress,
+                trainable.lm, self.objectives, data, self, trainable, head=head, reference=reference,
+                autocast=precision, journal=journal, log=log, probe=probe, progress=study.progress,
             )  # fmt: skip
             deltas = loop.run()
         if not deltas:
@@ -110,19 +101,15 @@ class Finetune(Method, Optimisation):
         if self.adapter is not None:
             if self.parameters is not None:
                 raise InvalidConfig("an adapter has parameters of its own: give target_modules there, not parameters")
+            if is_sharded():
+                raise InvalidConfig(
+                    "an adapter is not sharded: launch without FSDP; gradient_checkpointing saves memory"
+                )
             return train_adapter(study.lm, self.adapter, seed=self.seed)
         meant = [o.trains(study.lm) for o in self.objectives if not o.retains]
         named = tuple(dict.fromkeys(name for names in meant for name in names or ()))
-        return train_weights(study.lm, self.parameters or (named if named and None not in meant else None))
-
-
-def _refuse_sharding() -> None:
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        if os.environ.get(name, "false").lower() in ("1", "true"):
-            raise InvalidConfig(
-                f"{name} is set: finetuning shares a step's rows among processes, each with the whole model; launch it "
-                "without sharding, or train an adapter with gradient_checkpointing to save memory"
-            )
+        chosen = self.parameters or (named if named and None not in meant else None)
+        return train_shares(study.lm, chosen) if is_sharded() else train_weights(study.lm, chosen)
 
 
 def _sum(lm: LM) -> str:

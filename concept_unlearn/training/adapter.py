@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import InvalidConfig
 from ..lm import LM
+from ..lm.head import Head
+from ..step import LiveReference
 from ..weights import Delta, Dense, LowRank
 from .trainable import HALF, Trainable, flags_restored, refuse_quantised
 
@@ -21,13 +23,12 @@ _NO_CHANGE_OF_WEIGHTS = ("modules_to_save", "layer_replication", "trainable_toke
 class Adapter(Trainable):
     """A PEFT adapter on the model, which is its own reference with the adapter off."""
 
-    def __init__(self, wrapped: Any) -> None:
-        self._wrapped = wrapped
+    def __init__(self, lm: LM, wrapped: Any) -> None:
+        self.lm, self._wrapped = lm, wrapped
         self.parameters = {name: p for name, p in wrapped.model.named_parameters() if p.requires_grad}
 
-    def as_it_was(self, only: nn.Module | None = None) -> AbstractContextManager[object]:
-        found: AbstractContextManager[object] = self._wrapped.disable_adapter()
-        return found
+    def reference(self, head: Head) -> LiveReference:
+        return LiveReference(self.lm, head, lambda _: self._wrapped.disable_adapter())
 
     @torch.no_grad()
     def deltas(self) -> dict[str, Delta]:
@@ -77,7 +78,7 @@ def train_adapter(lm: LM, settings: Mapping[str, Any], *, seed: int) -> Iterator
             raise InvalidConfig(f"adapter: {error}") from None
         try:
             wrapped.eval()
-            adapter = Adapter(wrapped)
+            adapter = Adapter(lm, wrapped)
             _check(adapter, own, data)
             for p in adapter.parameters.values():
                 if p.dtype in HALF:

@@ -8,7 +8,7 @@ processes change a result by rounding only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -100,14 +100,16 @@ class Loop:
         for group in self.plan.groups:
             parts = self.plan.parts(group, items, self.plan.epoch(self.step))
             tally = self._tally(group, parts)
-            for part in parts[self.here.rank :: self.here.world]:
+            for part, counts in self._own(parts):
                 with self.autocast():
                     step = self._step(group, part, parts, tally)
                     losses = [o(step) for o in group.objectives]
                     weighted = [self._weight(o) * x for o, x in zip(group.objectives, losses, strict=True)]
-                    total = torch.stack(weighted).sum()
+                    total = torch.stack(weighted).sum() * counts
                 if total.requires_grad:
                     total.backward()
+                if not counts:
+                    continue
                 for i, x in zip(group.indices, losses, strict=True):
                     sums[i] += x.detach().double().cpu()
                 for i, split in enumerate(_SAID, len(self.objectives)):
@@ -116,7 +118,7 @@ class Loop:
         sums = self._shared(sums)
         lr = self.settings.lr * self.plan.rate(self.step)
         norm = torch.nn.utils.clip_grad_norm_(self.trainable.parameters.values(), self.settings.clip or math.inf)
-        values = self._values(sums.tolist(), float(norm), lr)
+        values = self._values(sums.tolist(), float(self.trainable.whole(norm)), lr)
         self._guard(values)
         for settable in self.optimizer.param_groups:
             settable["lr"] = lr
@@ -127,11 +129,23 @@ class Loop:
             self.progress(len(items[self.plan.leads]))
         return values
 
+    def _own(self, parts: Sequence[Mapping[str, Batch]]) -> Iterator[tuple[Mapping[str, Batch], int]]:
+        """The parts of this process, and how often each counts.
+
+        Shares are gathered and averaged by all processes at once, so those with fewer parts go along without counting.
+        """
+        rank, world = self.here
+        if not self.trainable.sharded:
+            yield from ((part, 1) for part in parts[rank::world])
+            return
+        for i in range(rank, -(-len(parts) // world) * world, world):
+            yield (parts[i], world) if i < len(parts) else (parts[0], 0)
+
     def _shared(self, sums: Tensor) -> Tensor:
         """Losses and gradients, summed over all processes."""
         sums = sums.to(self.lm.device)
         self.here.sum(sums)
-        if self.here.world > 1:
+        if self.here.world > 1 and not self.trainable.sharded:
             parameters = list(self.trainable.parameters.values())
             reached = torch.tensor([float(p.grad is not None) for p in parameters], device=self.lm.device)
             self.here.sum(reached)
@@ -238,12 +252,13 @@ class Loop:
 
     def _checkpoint(self, *, done: bool = False) -> None:
         """At the end without the optimiser's state, to be found finished when it is asked for again."""
-        if self.journal and self.here.rank == 0:
+        if self.journal:
             tensors = self.watcher.tensors() if self.watcher else {}
             for name, p in self.trainable.parameters.items():
-                tensors[f"value/{name}"] = p.data
                 state = {} if done else self.optimizer.state[p]
-                tensors |= {f"{k}/{name}": state[k] for k in ("exp_avg", "exp_avg_sq") if k in state}
+                mine = {"value": p.data} | {k: state[k] for k in ("exp_avg", "exp_avg_sq") if k in state}
+                tensors |= {f"{k}/{name}": self.trainable.whole(tensor) for k, tensor in mine.items()}
+        if self.journal and self.here.rank == 0:
             notes = {name: getattr(self, name) for name in _KEPT} | {"done": done}
             self.journal.save(tensors, notes | {"watcher": self.watcher and self.watcher.notes()})
         self.here.wait()
@@ -256,10 +271,12 @@ class Loop:
                 setattr(self, name, notes[name])
             self.stopped = self.stopped or notes["done"]
             for name, p in self.trainable.parameters.items():
-                p.data.copy_(tensors[f"value/{name}"])
+                p.data.copy_(self.trainable.share(tensors[f"value/{name}"], p.data))
                 if f"exp_avg/{name}" in tensors:
-                    state: dict[str, Any] = {k: tensors[f"{k}/{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
+                    moments = {k: tensors[f"{k}/{name}"] for k in ("exp_avg", "exp_avg_sq")}
+                    state: dict[str, Any] = {k: self.trainable.share(t, p.data) for k, t in moments.items()}
                     self.optimizer.state[p] = {"step": torch.tensor(float(self.step), device=p.device)} | state
+            self.trainable.written()
             if self.watcher:
                 self.watcher.restore(notes["watcher"], tensors)
             if self.progress:

@@ -17,7 +17,7 @@ from ..errors import CorruptArtifact, InvalidConfig
 from ..files import save_tensors
 from ..lm import LM, Site
 from ..lm.head import Head
-from ..step import Batch, Read, Reference, Where, read
+from ..step import Batch, LiveReference, Read, Reference, Where, read
 from ..tracking import Progress
 from .rows import Split
 
@@ -48,19 +48,18 @@ class CachedReference:
 
 
 def look_up(
-    lm: LM,
-    head: Head,
+    live: LiveReference,
     splits: Mapping[str, Split],
     reads: Iterable[Read],
-    live: Reference,
     *,
     model: str,
     folder: Path | None = None,
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> CachedReference:
-    """What ``reads`` ask of the reference, which is ``lm`` as it is now, from ``folder`` where it is there already;
-    ``model`` is its fingerprint.
+    """What ``reads`` ask of the reference, which is the model of ``live`` as it is now.
+
+    They come from ``folder`` where they are there already; ``model`` is the model's fingerprint.
 
     Raises InvalidConfig where the folder holds that of another model or of other rows, CorruptArtifact for a file
     that cannot be read. Positions that depend on the padding (where "all") are left to ``live``.
@@ -72,10 +71,10 @@ def look_up(
             by_split.setdefault(wanted.split, []).append(wanted)
     for name, asked in by_split.items():
         path = None if folder is None else folder / f"reference-{name}.safetensors"
-        key = _key(lm, model, splits[name])
+        key = _key(live.lm, model, splits[name])
         found = {} if path is None else _load(path, key, asked)
         if missing := [r for r in asked if r not in found]:
-            found |= _compute(lm, head, splits[name], missing, batch_size, progress)
+            found |= _compute(live.lm, live.head, splits[name], missing, batch_size, progress)
             if path is not None:
                 _save(path, key, found)
         kept |= found

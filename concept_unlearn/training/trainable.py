@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +15,36 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InvalidConfig, UnknownName
 from ..lm import LM
+from ..lm.head import Head
 from ..lm.locate import blocks
+from ..step import LiveReference
 from ..weights import Delta, Dense
 
 HALF = (torch.bfloat16, torch.float16)
 
 
 class Trainable(ABC):
-    """``parameters`` by name, while they are in the model."""
+    """``parameters`` by name, while they are in the model ``lm``."""
 
+    lm: LM
     parameters: dict[str, nn.Parameter]
+    sharded: ClassVar[bool] = False
+    """True where every process holds a share of each parameter, and gradients come averaged over all."""
 
     @abstractmethod
-    def as_it_was(self, only: nn.Module | None = None) -> AbstractContextManager[object]:
-        """Inside the block the model is the untouched one, or this module of it."""
+    def reference(self, head: Head) -> LiveReference:
+        """The untouched model; ``head`` is that of ``lm``."""
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """Of a share, the tensor that all processes hold together."""
+        return tensor
+
+    def share(self, whole: Tensor, like: Tensor) -> Tensor:
+        """Of a tensor, the share that ``like`` is."""
+        return whole.to(like.device)
+
+    def written(self) -> None:  # noqa: B027 (most have nothing to do)
+        """Called after parameters were given other values by anything but the optimiser."""
 
     @abstractmethod
     def deltas(self) -> dict[str, Delta]:
@@ -39,27 +56,29 @@ class Weights(Trainable):
 
     def __init__(self, lm: LM, parameters: dict[str, nn.Parameter], kept: Mapping[str, Tensor]) -> None:
         """``kept`` is what the weights were, exactly, in the smallest dtype that holds it."""
-        self.parameters, self._lm, self._kept = parameters, lm, kept
+        self.parameters, self.lm, self._kept = parameters, lm, kept
         self._unpacked: dict[nn.Module, dict[str, Tensor]] = {}
 
-    def as_it_was(self, only: nn.Module | None = None) -> AbstractContextManager[object]:
+    def reference(self, head: Head) -> LiveReference:
+        return LiveReference(self.lm, head, self._as_it_was)
+
+    def _as_it_was(self, only: nn.Module | None) -> AbstractContextManager[object]:
         if only is None:
-            return self._lm.swap({name: self._kept[name].to(p.dtype) for name, p in self.parameters.items()})
+            return self.lm.swap({name: self._kept[name].to(p.dtype) for name, p in self.parameters.items()})
         if only not in self._unpacked:  # a head is asked for at every step
             inner = {id(p) for p in only.parameters()}
             named = {name: p for name, p in self.parameters.items() if id(p) in inner}
             self._unpacked[only] = {name: self._kept[name].to(p.dtype) for name, p in named.items()}
-        return self._lm.swap(self._unpacked[only])
+        return self.lm.swap(self._unpacked[only])
 
     def deltas(self) -> dict[str, Delta]:
         changes = {name: p.data - self._kept[name].to(p.dtype) for name, p in self.parameters.items()}
         return {name: Dense(change) for name, change in changes.items() if change.any()}
 
 
-@contextmanager
-def train_weights(lm: LM, patterns: Sequence[str] | None) -> Iterator[Weights]:
-    """Raises UnknownName for a pattern that matches no parameter."""
-    parameters = dict(lm.model.named_parameters())
+def matching(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """Parameters by name. Raises UnknownName for a pattern that matches none, InvalidConfig for quantised ones."""
+    parameters = dict(model.named_parameters())
     if patterns is not None:
         for pattern in patterns:
             if not fnmatch.filter(parameters, pattern):
@@ -67,6 +86,13 @@ def train_weights(lm: LM, patterns: Sequence[str] | None) -> Iterator[Weights]:
         chosen = {name for pattern in patterns for name in fnmatch.filter(parameters, pattern)}
         parameters = {name: p for name, p in parameters.items() if name in chosen}
     refuse_quantised(parameters)
+    return parameters
+
+
+@contextmanager
+def train_weights(lm: LM, patterns: Sequence[str] | None) -> Iterator[Weights]:
+    """Raises UnknownName for a pattern that matches no parameter."""
+    parameters = matching(lm.model, patterns)
     own = {name: p.data for name, p in parameters.items()}
     wide = {name: t.float() for name, t in own.items() if t.dtype in HALF}
     kept = {name: t if name in wide else _packed(t) for name, t in own.items()}

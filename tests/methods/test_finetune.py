@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import make_bridge, make_hf, make_hooked, make_tokenizer, words
-from workers import finetune_in, start, tiny_finetune, tiny_scope, together
+from workers import finetune_in, finetune_sharded_in, start, tiny_finetune, tiny_scope, together
 
 from concept_unlearn.errors import Diverged, InvalidConfig, NonFinite, UnknownName
 from concept_unlearn.lm import LM
@@ -22,11 +22,13 @@ from concept_unlearn.objectives import (
     IDK,
     ME,
     NPO,
+    RMU,
     UNDIAL,
     CappedGA,
     Hinge,
     Margin,
     Objective,
+    RetainEmbedding,
     RetainKL,
     RetainNLL,
     TemperatureGA,
@@ -279,6 +281,22 @@ class TestHoweverItIsRun:
         assert_close(one, two, rtol=0, atol=2e-5)
         curves = [(tmp_path / n / "log.jsonl").read_text().splitlines() for n in ("one", "two")]
         assert len(curves[0]) == len(curves[1]) > 3
+
+    @pytest.mark.parametrize(
+        "objectives",
+        [EVERY_REDUCTION, (RMU(k=2.0), RetainEmbedding())],
+        ids=["every reduction", "representations"],
+    )
+    def test_two_processes_with_a_share_each_change_rounding_only(self, tmp_path, objectives):
+        settings = {"objectives": objectives, "micro_batch": 3, "checkpoint_every": 2, "watch": Watch(keep=0.01)}
+        together(2, finetune_sharded_in, tmp_path / "two", 3, **settings)
+        together(2, finetune_sharded_in, tmp_path / "two", None, **settings)
+        lm = LM(make_hf().double(), make_tokenizer(), name="tiny")
+        one, _ = fit(lm, tiny_scope(), folder=tmp_path / "one", **settings)
+        curves = [(tmp_path / n / "log.jsonl").read_text().splitlines() for n in ("one", "two")]
+        for a, b in zip(*([json.loads(line) for line in lines] for lines in curves), strict=True):
+            assert a == pytest.approx(b, rel=1e-7)
+        assert_close(one, load_patch(tmp_path / "two" / "patch"), rtol=0, atol=1e-7)
 
     def test_gradient_checkpointing_changes_nothing(self, lm, scope):
         assert_close(fit(lm, scope)[0], fit(lm, scope, gradient_checkpointing=True)[0], rtol=0, atol=1e-6)
@@ -551,9 +569,9 @@ class TestBadInput:
         with pytest.raises(InvalidConfig, match=r"layers\.0\.mlp\.up_proj\.weight and 0 others are quantised"):
             fit(lm, scope)
 
-    def test_a_launcher_that_shards_is_refused(self, lm, scope, monkeypatch):
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        with pytest.raises(InvalidConfig, match="ACCELERATE_USE_FSDP is set"):
+    def test_deepspeed_is_refused(self, lm, scope, monkeypatch):
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(InvalidConfig, match="ACCELERATE_USE_DEEPSPEED is set"):
             fit(lm, scope)
 
     def test_an_adapter_and_parameters_exclude_each_other(self, lm, scope):

@@ -35,7 +35,7 @@ def ask(lm, folder=None, split=None, model="m", batch_size=3):
     head = Head(lm.model)
     live = LiveReference(lm, head)
     splits = {"forget": split or make_split()}
-    return look_up(lm, head, splits, READS, live, model=model, folder=folder, batch_size=batch_size), live
+    return look_up(live, splits, READS, model=model, folder=folder, batch_size=batch_size), live
 
 
 @pytest.mark.parametrize("rows", [[0], [5, 2, 7], [7, 6, 5, 4, 3, 2, 1, 0]])

@@ -107,7 +107,7 @@ def draw(
         reads = [r for o in own for r in o.reads(lm)]
         return Sample(
             batches,
-            look_up(untouched.lm, untouched.head, rows, reads, untouched.live, model="", batch_size=2 * n),
+            look_up(untouched.live, rows, reads, model="", batch_size=2 * n),
             {SIDES[true]: items[SIDES[true]] for true in names.values()},
         )
 
