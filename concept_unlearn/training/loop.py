@@ -31,7 +31,10 @@ from .watcher import Watcher
 
 Log = Callable[[int, Mapping[str, float]], None]
 Probe = Callable[[int], None]
-"""Told how many steps have been taken, while the model holds the weights of that moment; it leaves them alone."""
+"""Told how many steps have been taken, while the model holds the weights of that moment; it leaves them alone.
+
+Under FSDP a copy is trained, and the model that was given stays as it was.
+"""
 
 _SAID = ("forget", "retain")
 _KEPT = ("step", "alpha", "at_first", "stopped")

@@ -17,7 +17,7 @@ from ...lm.locate import blocks
 from ...objectives import Objective
 from ...step import Batch, LiveReference, Step, Tally
 from ...training.trainable import flags_restored
-from .samples import Sample, Untouched
+from .samples import Sample
 
 Gradient = Sequence[Tensor | None]
 """One tensor a parameter, on the CPU; None where it is zero."""
@@ -40,12 +40,11 @@ def measuring(lm: LM, *, only_trained: bool = False) -> Iterator[list[nn.Paramet
 
 
 @contextmanager
-def measuring_beside(lm: LM, reference: LM | None) -> Iterator[tuple[list[nn.Parameter], Untouched]]:
+def measuring_beside(lm: LM, reference: LM | None) -> Iterator[tuple[list[nn.Parameter], LiveReference]]:
     """``measuring``, with another model, or this one as it is, for a reference."""
     known = reference or lm
     with measuring(known), measuring(lm) as parameters:
-        head = Head(known.model)
-        yield parameters, Untouched(known, head, LiveReference(known, head))
+        yield parameters, LiveReference(known, Head(known.model))
 
 
 class Layers(NamedTuple):

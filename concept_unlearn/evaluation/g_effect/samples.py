@@ -11,7 +11,6 @@ from ...component import Frozen
 from ...data.scope import Scope
 from ...errors import EmptyData, InvalidConfig
 from ...lm import LM
-from ...lm.head import Head
 from ...objectives import Objective
 from ...step import Batch, LiveReference, Reference
 from ...training import Data, Optimisation
@@ -42,14 +41,6 @@ class Estimator(Frozen):
     def smoothing(self, n: int) -> list[float]:
         """How much is left in the end of each of ``n`` batches' gradients."""
         return [1.0] * n if self.compat is None else [(0.4 if j else 1.0) * 0.6 ** (n - 1 - j) for j in range(n)]
-
-
-class Untouched(NamedTuple):
-    """The reference of objectives that have one."""
-
-    lm: LM
-    head: Head
-    live: LiveReference
 
 
 class Sample(NamedTuple):
@@ -83,7 +74,7 @@ def draw(
     objectives: Sequence[Objective],
     risk: Objective,
     estimator: Estimator,
-    untouched: Untouched,
+    untouched: LiveReference,
     *,
     batch_size: int | None = None,
 ) -> Drawn:
@@ -107,7 +98,7 @@ def draw(
         reads = [r for o in own for r in o.reads(lm)]
         return Sample(
             batches,
-            look_up(untouched.live, rows, reads, model="", batch_size=2 * n),
+            look_up(untouched, rows, reads, model="", batch_size=2 * n),
             {SIDES[true]: items[SIDES[true]] for true in names.values()},
         )
 

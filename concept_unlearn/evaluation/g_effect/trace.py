@@ -18,10 +18,11 @@ from ...methods.base import Study
 from ...methods.finetune import Finetune
 from ...objectives import Objective, RetainNLL
 from ...step import LiveReference
+from ...training.sharded import is_sharded
 from .effects import Gauge, Risks
 from .gradients import dot, layers, measuring
 from .results import Effect, GEffect, table
-from .samples import Estimator, Untouched, draw
+from .samples import Estimator, draw
 
 Direction = Literal["gradient", "update"]
 UPDATE = "update"
@@ -52,6 +53,8 @@ def trace_g_effect(
     ``direction="update"`` has -(theta_{t+1} - theta_t) / lr for grad L: what the optimiser did with all objectives, on
     its own batches, with its clipping and momentum. These rows are named ``update``.
     """
+    if is_sharded():
+        raise InvalidConfig("a run whose weights are shared out (FSDP) cannot be looked at on the way")
     if every < 1:
         raise InvalidConfig(f"every is at least 1; given: {every}")
     given = {"batches": batches, "batch_size": batch_size, "max_length": method.max_length, "seed": seed}
@@ -61,7 +64,7 @@ def trace_g_effect(
         raise InvalidConfig("along a run the reference is looked up, and what an objective asks of padding cannot be")
     with measuring(lm):
         head = Head(lm.model)
-        untouched = Untouched(lm, head, LiveReference(lm, head, _as_it_was(head.module)))
+        untouched = LiveReference(lm, head, _as_it_was(head.module))
         drawn = draw(lm, scope, measured, risk, estimator, untouched)
     gauge = Gauge(lm, measured, risk, drawn, estimator)
     run = _Run(gauge, every, direction)
