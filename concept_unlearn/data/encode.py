@@ -35,6 +35,13 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
     return ids
 
 
+def encode_question(tokenizer: Any, message: str, *, history: Sequence[str] = ()) -> list[int]:
+    """A user's message up to where the reply begins: through the chat template, or before an empty line."""
+    if has_chat_template(tokenizer):
+        return _encode_chat(tokenizer, message, history)
+    return encode_prompt(tokenizer, "".join(f"{turn}\n\n" for turn in (*history, message)), chat=False)
+
+
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Plain texts, each with the tokenizer's own BOS, if it has one, and open at the end; an empty one has no id."""
     found = []
@@ -60,9 +67,7 @@ def encode_text(tokenizer: Any, text: str, reply_to: str | None = None) -> list[
     """A passage as the model would meet it: plain, or as the reply to a user's message."""
     if reply_to is None:
         return encode_prompt(tokenizer, text, chat=False)
-    if not has_chat_template(tokenizer):
-        return encode_prompt(tokenizer, f"{reply_to}\n\n{text}", chat=False)
-    return encode_prompt(tokenizer, reply_to, chat=True) + encode_answer(tokenizer, text, after_space=False)
+    return encode_question(tokenizer, reply_to) + encode_answer(tokenizer, text, after_space=False)
 
 
 def encode_answer(tokenizer: Any, answer: str, *, after_space: bool) -> list[int]:
@@ -109,11 +114,14 @@ def _plain(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _encode_chat(tokenizer: Any, prompt: str) -> list[int]:
+def _encode_chat(tokenizer: Any, prompt: str, history: Sequence[str] = ()) -> list[int]:
     if not has_chat_template(tokenizer):
         raise InvalidConfig("this model's tokenizer has no chat template: use chat=False")
     rendered: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
+        [
+            {"role": "assistant" if i % 2 else "user", "content": message}
+            for i, message in enumerate((*history, prompt))
+        ],
         tokenize=False,
         add_generation_prompt=True,
         date_string=_TEMPLATE_DATE,

@@ -7,9 +7,9 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from ..component import Frozen, build
 from ..errors import ConceptUnlearnError, InvalidData
@@ -49,8 +49,18 @@ class Probe(Frozen):
     """Wrong answers of the same kind; without any, the answers of the other probes of the set serve."""
     chat: bool = False
     """True: the prompt is a user's message. False: the answer continues the prompt."""
+    paraphrases: tuple[str, ...] = ()
+    """The right answer in other words: what distractors made from it are compared with."""
+    wordings: tuple[str, ...] = ()
+    """The same question in other words."""
+    options: tuple[str, ...] = ()
+    """All that may be chosen, in the order in which they are offered; answers and distractors are among them."""
+    history: tuple[str, ...] = ()
+    """Messages of a chat before the prompt: the user's, the reply to it, and so on."""
+    opening: str = ""
+    """What the reply has been made to begin with; the answers are what follows."""
 
-    @field_validator("answers", "distractors", mode="before")
+    @field_validator("answers", "distractors", "paraphrases", "wordings", "options", "history", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -68,6 +78,17 @@ class Probe(Frozen):
         if not prompt.strip():
             raise ValueError("the prompt is empty")
         return prompt
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        right = {normalise(text) for text in self.paraphrases}
+        if both := [text for text in self.distractors if normalise(text) in right]:
+            raise ValueError(f"{both[0]!r} is both a paraphrase of the answer and a distractor")
+        if odd := set(self.options) ^ {*self.answers, *self.distractors} if self.options else set():
+            raise ValueError(f"options are the answers and distractors in order; {min(odd)!r} is in only one of them")
+        if len(self.history) % 2:
+            raise ValueError("a history ends with a reply: it has an even number of messages")
+        return self
 
     @property
     def key(self) -> str:

@@ -82,6 +82,13 @@ class LM:
         return int(config.d_model if is_hooked(self.model) else config.hidden_size)
 
     @property
+    def context(self) -> int:
+        """The most tokens that a sequence may have."""
+        if is_hooked(self.model):
+            return int(self.model.cfg.n_ctx)  # type: ignore[union-attr, arg-type]
+        return int(getattr(text_config(self.model), "max_position_embeddings", None) or 10**9)
+
+    @property
     def is_chat(self) -> bool:
         return has_chat_template(self.tokenizer)
 
@@ -247,17 +254,27 @@ class LM:
         answers: Sequence[Sequence[Sequence[int]]],
         *,
         batch_size: int = 32,
+        moments: bool = False,
         progress: Progress | None = None,
     ) -> list[list[Scored]]:
-        """``logprobs`` of encoded prompts and answers."""
-        return score_answers(self.model, prompts, answers, device=self.device, batch_size=batch_size, progress=progress)
+        """``logprobs`` of encoded prompts and answers; ``moments`` adds those of the model's own distribution."""
+        return score_answers(
+            self.model, prompts, answers, device=self.device, batch_size=batch_size, moments=moments, progress=progress
+        )
 
     @torch.no_grad()
     def score_texts(
-        self, texts: Sequence[Sequence[int]], *, batch_size: int = 8, progress: Progress | None = None
+        self,
+        texts: Sequence[Sequence[int]],
+        *,
+        batch_size: int = 8,
+        moments: bool = False,
+        progress: Progress | None = None,
     ) -> list[Scored]:
         """Token log-probabilities of encoded texts, from the second token on."""
-        return score_texts(self.model, texts, device=self.device, batch_size=batch_size, progress=progress)
+        return score_texts(
+            self.model, texts, device=self.device, batch_size=batch_size, moments=moments, progress=progress
+        )
 
 
 def _name(model: nn.Module) -> str:

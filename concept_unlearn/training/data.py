@@ -10,7 +10,6 @@ from ..data.examples import Passage
 from ..data.scope import Scope
 from ..errors import EmptyData, UnknownName
 from ..lm import LM
-from ..lm.locate import is_hooked, text_config
 from ..tracking import Progress
 from .alternates import alternates
 from .plan import SIDES, Data
@@ -26,7 +25,7 @@ def make_data(
     wanted = set(splits)
     if unknown := sorted(wanted - set(SIDES)):
         raise UnknownName("split", unknown[0], SIDES)
-    encoder = Encoder(lm.tokenizer, min(settings.max_length, _context(lm)))
+    encoder = Encoder(lm.tokenizer, min(settings.max_length, lm.context))
     forget, retain = scope.forget, (*scope.near, *scope.retain)
     made: dict[str, Split] = {}
     if wanted & {"refusal", "alternate"}:
@@ -83,9 +82,3 @@ def _held_out(n: int, settings: Optimisation) -> list[int]:
     if n < 2:
         raise EmptyData(f"to watch what is kept takes 2 retained passages, one of them held out; given: {n}")
     return sorted(order(n, seed=settings.seed, epoch=-1)[: min(settings.watch.passages, max(n // 10, 1))])
-
-
-def _context(lm: LM) -> int:
-    if is_hooked(lm.model):
-        return int(lm.model.cfg.n_ctx)  # type: ignore[union-attr, arg-type]
-    return int(getattr(text_config(lm.model), "max_position_embeddings", None) or 10**9)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..data.encode import encode_answer, encode_prompt, encode_text, end_of_answer, has_chat_template, pad
+from ..data.encode import encode_answer, encode_question, encode_text, end_of_answer, pad
 from ..data.examples import Passage
 from ..errors import InvalidData
 from ..step import UNSUPERVISED, Batch
@@ -57,8 +57,7 @@ class Encoder:
             if len(ids) < 2:
                 raise InvalidData(f"nothing predicts a text of a single token: {text!r}")
             return Row(tuple(ids[: self.max_length]), 1)
-        chat = has_chat_template(self.tokenizer)
-        question = encode_prompt(self.tokenizer, prompt if chat else f"{prompt}\n\n", chat=chat)
+        question = encode_question(self.tokenizer, prompt)
         answer = encode_answer(self.tokenizer, text, after_space=False) + end_of_answer(self.tokenizer)
         room = max(self.max_length - len(answer), 1)
         self.cut_prompts += len(question) > room

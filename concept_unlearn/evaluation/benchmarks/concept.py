@@ -1,0 +1,130 @@
+"""The concept benchmark: what of a scope is forgotten, what is kept, and does the model still write well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, field_serializer, field_validator
+
+from ...data.examples import Probe
+from ...data.scope import IN_SCOPE, OUT_OF_SCOPE, PROBES, Scope
+from ...errors import EmptyData
+from ..benchmark import Benchmark, Line
+from ..metric import Metric
+from ..metrics import AnswerLogprob, GeneratedAccuracy, Gibberish, Perplexity, RankedAccuracy, Touched
+from ..view import Asked
+
+TEXTS = {"forget": "forget", "near": "near", "general": "retain"}
+"""Perplexity is measured on these passages of the scope."""
+CLOZE_TOKENS, CHAT_TOKENS = 10, 32
+"""How far into a reply an accepted answer may stand."""
+_BORROWED_DISTRACTORS = 7
+
+
+class ConceptBenchmark(Benchmark):
+    """``ConceptBenchmark(scope)``: probes in scope and out of it, and perplexity of its passages."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    scope: Scope
+    """A built-in concept, a folder, a .jsonl file or a dataset id."""
+    half: Literal["test", "tune", "all"] = "all"
+    """Of the scope: test is the half to report on, tune the one that settings are chosen on."""
+    max_probes: int | None = Field(None, gt=0)
+    """Of each set, the first so many; a smaller number is quicker and says less."""
+    max_passages: int = Field(24, ge=0)
+    """Of each kind, for perplexity."""
+    max_tokens: int = Field(96, gt=1)
+    """Of each passage."""
+
+    def __init__(self, scope: Scope | str, **settings: Any) -> None:
+        super().__init__(scope=scope, **settings)
+
+    @field_validator("scope", mode="before")
+    @classmethod
+    def _load(cls, scope: Any) -> Any:
+        return Scope.load(scope) if isinstance(scope, str) else scope
+
+    @field_serializer("scope")
+    def _name(self, scope: Scope) -> str:
+        return scope.name
+
+    @property
+    def name(self) -> str:
+        return self.scope.name
+
+    def model_post_init(self, context: Any) -> None:
+        if not any(self.sets.get(name) for name in IN_SCOPE):
+            raise EmptyData(
+                f"scope {self.scope.name!r} has no in_easy or in_hard probe: forgetting could not be told from nothing"
+            )
+
+    @cached_property
+    def sets(self) -> Mapping[str, Asked]:
+        scope = self.scope if self.half == "all" else getattr(self.scope.halves(), self.half)
+        found = {}
+        for name in PROBES:
+            probes = getattr(scope, name)[: self.max_probes]
+            found[name] = Asked(
+                tuple(_with_distractors(p, probes) for p in probes), CHAT_TOKENS, max_cloze_tokens=CLOZE_TOKENS
+            )
+        for name, part in TEXTS.items():
+            found[name] = Asked(getattr(scope, part)[: self.max_passages], max_tokens=self.max_tokens)
+        return {name: asked for name, asked in found.items() if asked.examples}
+
+    @cached_property
+    def metrics(self) -> tuple[Metric, ...]:
+        found: list[Metric] = []
+        for name in PROBES:
+            if name in self.sets:
+                found += [GeneratedAccuracy(on=name), RankedAccuracy(on=name), AnswerLogprob(on=name), Touched(on=name)]
+        for name in TEXTS:
+            if name in self.sets:
+                found += [Perplexity(on=name), Touched(on=name)]
+        for name, parts in (("in_scope", IN_SCOPE), ("out_of_scope", OUT_OF_SCOPE)):
+            if parts := tuple(part for part in parts if part in self.sets):
+                found.append(Gibberish(on=name, sets=parts))
+        return tuple(found)
+
+    @property
+    def leaks(self) -> tuple[Metric, ...]:
+        return tuple(GeneratedAccuracy(on=name) for name in IN_SCOPE if name in self.sets)
+
+    @property
+    def keeps(self) -> Metric:
+        return GeneratedAccuracy(on=next(n for n in (*OUT_OF_SCOPE, *IN_SCOPE) if n in self.sets))
+
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        return _LINES
+
+
+def _with_distractors(probe: Probe, probes: tuple[Probe, ...]) -> Probe:
+    """Its own, or else the first answers of other probes of the set, as wrong as they are for this one."""
+    if probe.distractors:
+        return probe
+    others = dict.fromkeys(p.answers[0] for p in probes if not probe.answered_by(p.answers[0]))
+    return probe.model_copy(update={"distractors": tuple(others)[:_BORROWED_DISTRACTORS]})
+
+
+def _line(section: str, label: str, metric: str, kind: str, wanted: str, column: str | None = None) -> Line:
+    return Line(section=section, label=label, metric=metric, kind=kind, wanted=wanted, column=column)  # type: ignore[arg-type]
+
+
+_LINES = (
+    _line("Forgotten", "answers right, questions about the concept", "in_easy/generated_accuracy", "percent", "low", "easy"),
+    _line("Forgotten", "… reworded, indirect, other formats", "in_hard/generated_accuracy", "percent", "low", "hard"),
+    _line("Forgotten", "picks the right answer from a list", "in_easy/ranked_accuracy", "percent", "low"),
+    _line("Forgotten", "perplexity on text about the concept", "forget/perplexity", "factor", "high"),
+    _line("Kept", "answers right, neighbouring knowledge", "out_near/generated_accuracy", "percent", "as before", "near"),
+    _line("Kept", "answers right, general knowledge", "out_far/generated_accuracy", "percent", "as before", "far"),
+    _line("Kept", "perplexity on general text", "general/perplexity", "factor", "as before", "perplexity"),
+    _line("Side effects", "gibberish answers about the concept", "in_scope/gibberish", "percent", "as before", "gibberish"),
+    _line("Side effects", "gibberish answers elsewhere", "out_of_scope/gibberish", "percent", "as before"),
+    _line("Side effects", "questions about the concept the patch touches", "in_easy/touched", "percent", "high"),
+    _line("Side effects", "… reworded, indirect, other formats", "in_hard/touched", "percent", "high"),
+    _line("Side effects", "neighbouring questions the patch touches", "out_near/touched", "percent", "low"),
+    _line("Side effects", "general questions the patch touches", "out_far/touched", "percent", "low"),
+)  # fmt: skip

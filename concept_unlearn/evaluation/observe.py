@@ -1,0 +1,290 @@
+"""One pass of a model over what a benchmark asks: each prompt read once for all its answers, in batches of like length.
+
+Batches are the same whatever was done before and however many processes share them, so a resumed or shared observation
+is the observation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..activations.processes import Processes
+from ..data.encode import encode_answer, encode_question, encode_text, end_of_answer
+from ..data.examples import Passage, Probe
+from ..errors import InvalidData
+from ..lm import LM, Scored
+from ..lm.score import answer_batches, text_batches
+from ..patches import Patch
+from ..tracking import Progress
+from .gradnorm import gradnorm
+from .records import Found, Key, Records
+from .view import SCORED, Asked, Read, Reply, Seen, Tokens, View
+
+Reads = Mapping[str, frozenset[Read]]
+_OVERLAP = 0.5
+"""Of a window over a long text: what is at least seen to the left of each token that it scores."""
+
+
+def observe(
+    lm: LM,
+    sets: Mapping[str, Asked],
+    reads: Reads,
+    *,
+    patch: Patch | None = None,
+    judge: LM | None = None,
+    batch_size: int = 32,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> View:
+    """Everything that ``reads`` names, each once. ``Benchmark.observe`` says more."""
+    start, here = time.perf_counter(), Processes.here()
+    records = Records(folder, _what(lm, patch, judge, sets, reads), here)
+    work = _Work(lm, sets, reads, batch_size, records, here, progress)
+    with patch.on(lm) if patch is not None else contextlib.nullcontext():
+        work.answers()
+        work.texts()
+        work.replies()
+        work.gradients()
+    records.gather()
+    work.judge(judge or lm)
+    records.gather()
+    seen = {
+        name: Seen(name, sets[name], tuple(records.found[Key(name, i)] for i in range(len(sets[name].examples))))
+        for name in reads
+    }
+    return View(lm.name, seen, seconds=time.perf_counter() - start, seen=work.counts)
+
+
+class Question(NamedTuple):
+    """A probe as token ids."""
+
+    prompt: list[int]
+    is_reply: bool
+    """True: answers are a message of their own and end with an end token. False: they continue the prompt."""
+
+
+def encode_probe(lm: LM, probe: Probe) -> Question:
+    if not probe.chat:
+        prompt = f"{probe.prompt} {probe.opening}".strip() if probe.opening else probe.prompt
+        return Question(lm.encode(prompt, chat=False), False)
+    prompt_ids = encode_question(lm.tokenizer, probe.prompt, history=probe.history)
+    opening = encode_answer(lm.tokenizer, probe.opening, after_space=False) if probe.opening else []
+    return Question(prompt_ids + opening, True)
+
+
+class _Work:
+    """An observation under way."""
+
+    def __init__(
+        self, lm: LM, sets: Mapping[str, Asked], reads: Reads, batch_size: int, records: Records, here: Processes,
+        progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self.lm, self.sets, self.reads, self.batch_size = lm, sets, reads, batch_size
+        self.records, self.here, self.progress = records, here, progress
+        self.counts = {"prompt_tokens": 0, "answer_tokens": 0, "written_tokens": 0}
+        self._end, self._turn = end_of_answer(lm.tokenizer), -1
+
+    def answers(self) -> None:
+        """Probabilities of answers, paraphrases and distractors: all of one prompt together."""
+        keys, prompts, groups, wanted = [], [], [], []
+        for key, probe in self._examples(Probe, *SCORED):
+            question = encode_probe(self.lm, probe)
+            fields = [name for name in SCORED if name in self.reads[key.set]]
+            keys.append(key)
+            prompts.append(question.prompt)
+            groups.append([self._answer(probe, question, t) for name in fields for t in getattr(probe, name)])
+            wanted.append(fields)
+        some = [i for i, group in enumerate(groups) if group]
+        batches = answer_batches(self.lm.model, [prompts[i] for i in some], [groups[i] for i in some], self.batch_size)
+        nothing = [i for i, group in enumerate(groups) if not group]
+        self.records.add({keys[i]: dict.fromkeys(wanted[i], ()) for i in nothing})
+        n_end = len(self._end)
+
+        def score(batch: list[int]) -> Found:
+            moments = any("moments" in self.reads[keys[i].set] for i in batch)
+            rows = self.lm.score(
+                [prompts[i] for i in batch], [groups[i] for i in batch], batch_size=10**9, moments=moments
+            )
+            found: Found = {}
+            for i, row in zip(batch, rows, strict=True):
+                probe, left = self._example(keys[i]), iter(row)
+                assert isinstance(probe, Probe)
+                end = n_end if probe.chat else 0
+                self.counts["prompt_tokens"] += len(prompts[i])
+                self.counts["answer_tokens"] += sum(map(len, groups[i]))
+                found[keys[i]] = {
+                    name: tuple(_tokens(next(left), end, moments and name == "answers") for _ in getattr(probe, name))
+                    for name in wanted[i]
+                }
+            return found
+
+        for batch in batches:
+            which = [some[i] for i in batch]
+            self._do({keys[i]: wanted[i] for i in which}, partial(score, which))
+        self._told(len(nothing))
+
+    def texts(self) -> None:
+        """Passages, long ones by windows that overlap, each token scored once."""
+        pieces: list[tuple[Key, list[int], int]] = []
+        for key, passage in self._examples(Passage, "answers"):
+            ids = encode_text(self.lm.tokenizer, passage.text, passage.prompt)[: self.sets[key.set].max_tokens]
+            window = self.lm.context
+            step = max(int(window * (1 - _OVERLAP)), 1)
+            starts = [0, *range(step, max(len(ids) - window + step, step), step)]
+            for start in starts:
+                piece = ids[start : start + window]
+                pieces.append((key, piece, 0 if start == 0 else window - step - 1))
+        moments = any("moments" in self.reads[key.set] for key, *_ in pieces)
+        by_key: dict[Key, list[int]] = {}
+        for i, (key, *_) in enumerate(pieces):
+            by_key.setdefault(key, []).append(i)
+        keys = list(by_key)
+        longest = [pieces[by_key[key][0]][1] for key in keys]
+
+        def score(batch: list[Key]) -> Found:
+            rows = [pieces[i] for key in batch for i in by_key[key]]
+            scored = iter(self.lm.score_texts([ids for _, ids, _ in rows], batch_size=self.batch_size, moments=moments))
+            found: Found = {}
+            for key, ids, skip in rows:
+                part = _tokens(next(scored), 0, moments)
+                self.counts["prompt_tokens"] += len(ids)
+                old = found.get(key, {}).get("answers", (Tokens((), ()),))[0]
+                found[key] = {"answers": (_joined(old, part, skip),)}
+            return found
+
+        for batch in text_batches(self.lm.model, longest, max(self.batch_size // 4, 1)):
+            which = [keys[i] for i in batch]
+            self._do(dict.fromkeys(which, ("answers",)), partial(score, which))
+
+    def replies(self) -> None:
+        """What the model writes, greedily, each set to its own length."""
+        asked: dict[int, list[tuple[Key, list[int]]]] = {}
+        for key, probe in self._examples(Probe, "said"):
+            n = self.sets[key.set].reply_tokens(probe)
+            asked.setdefault(n, []).append((key, encode_probe(self.lm, probe).prompt))
+
+        def write(batch: list[tuple[Key, list[int]]], n: int) -> Found:
+            prompts = [prompt for _, prompt in batch]
+            rows = self.lm.generate_ids(prompts, max_new_tokens=n, batch_size=len(batch))
+            self.counts["prompt_tokens"] += sum(map(len, prompts))
+            self.counts["written_tokens"] += sum(map(len, rows))
+            return {key: {"said": self._reply(key, ids)} for (key, _), ids in zip(batch, rows, strict=True)}
+
+        for n, questions in sorted(asked.items()):
+            questions.sort(key=lambda q: (-len(q[1]), q[0]))
+            for at in range(0, len(questions), self.batch_size):
+                batch = questions[at : at + self.batch_size]
+                self._do({key: ("said",) for key, _ in batch}, partial(write, batch, n))
+
+    def gradients(self) -> None:
+        for key, example in self._examples((Probe, Passage), "gradnorm"):
+            self._do({key: ("gradnorm",)}, partial(self._gradnorm, key, example))
+
+    def judge(self, judge: LM) -> None:
+        """Nats a token of each reply, to a model that is none the worse for unlearning."""
+        keys, prompts, replies, silent = [], [], [], []
+        for key, probe in self._examples(Probe, "surprise"):
+            ids = list(self.records.found[key]["said"].ids)
+            if not ids:
+                silent.append(key)
+                continue
+            keys.append(key)
+            prompts.append(encode_probe(judge, probe).prompt)
+            replies.append([ids])
+
+        def score(batch: list[int]) -> Found:
+            rows = judge.score([prompts[i] for i in batch], [replies[i] for i in batch], batch_size=10**9)
+            return {keys[i]: {"surprise": -float(s.logprobs.mean())} for i, (s,) in zip(batch, rows, strict=True)}
+
+        self.records.add({key: {"surprise": None} for key in silent})
+        for batch in answer_batches(judge.model, prompts, replies, self.batch_size):
+            self._do({keys[i]: ("surprise",) for i in batch}, partial(score, batch))
+        self._told(len(silent))
+
+    def _do(self, fields: Mapping[Key, Sequence[str]], work: Callable[[], Found]) -> None:
+        """The next batch, if it is this process's turn and it was not done before."""
+        self._turn += 1
+        if self._turn % self.here.world == self.here.rank and not self.records.have(fields):
+            self.records.add(work())
+        self._told(len(fields))
+
+    def _told(self, n: int) -> None:
+        if self.progress and n:
+            self.progress(n)
+
+    def _examples(self, kind: Any, *reads: Read) -> Iterator[tuple[Key, Any]]:
+        """Those of which any of these is to be read."""
+        for name, wanted in self.reads.items():
+            if wanted & set(reads):
+                for i, example in enumerate(self.sets[name].examples):
+                    if isinstance(example, kind):
+                        yield Key(name, i), example
+                    elif kind is Probe and "said" in reads:
+                        raise InvalidData(f"set {name!r} holds passages, which nobody can reply to")
+
+    def _example(self, key: Key) -> Probe | Passage:
+        return self.sets[key.set].examples[key.index]
+
+    def _answer(self, probe: Probe, question: Question, text: str) -> list[int]:
+        ids = encode_answer(self.lm.tokenizer, text, after_space=not question.is_reply)
+        return ids + self._end if question.is_reply else ids
+
+    def _reply(self, key: Key, ids: Sequence[int]) -> Reply:
+        text = self.lm.tokenizer.decode(ids, skip_special_tokens=True)
+        for stop in self.sets[key.set].stop:
+            text = text.partition(stop)[0]
+        return Reply(tuple(ids), text.strip())
+
+    def _gradnorm(self, key: Key, example: Probe | Passage) -> Found:
+        if isinstance(example, Passage):
+            ids = encode_text(self.lm.tokenizer, example.text, example.prompt)[: self.sets[key.set].max_tokens]
+            prompt, answer = ids[:1], ids[1:]
+        else:
+            question = encode_probe(self.lm, example)
+            prompt, answer = question.prompt, self._answer(example, question, example.answers[0])
+        return {key: {"gradnorm": gradnorm(self.lm, prompt, answer)}}
+
+
+def _tokens(scored: Scored, n_end: int, moments: bool) -> Tokens:
+    mean, std = ((), ()) if not moments or scored.mean is None or scored.std is None else (
+        tuple(scored.mean.tolist()), tuple(scored.std.tolist())
+    )  # fmt: skip
+    return Tokens(tuple(scored.logprobs.tolist()), tuple(scored.greedy.tolist()), n_end, mean, std)
+
+
+def _joined(old: Tokens, new: Tokens, skip: int) -> Tokens:
+    """A text's tokens so far, and those of its next window that were not scored yet."""
+    return Tokens(
+        old.logprobs + new.logprobs[skip:], old.greedy + new.greedy[skip:], 0, old.mean + new.mean[skip:],
+        old.std + new.std[skip:],
+    )  # fmt: skip
+
+
+def _what(lm: LM, patch: Patch | None, judge: LM | None, sets: Mapping[str, Asked], reads: Reads) -> dict[str, Any]:
+    """Everything that decides what is observed."""
+    asked = [[name, repr(sets[name]), sorted(wanted)] for name, wanted in reads.items()]
+    return {
+        "model": lm.fingerprint,
+        "dtype": str(lm.dtype),
+        "patch": None if patch is None else digest_of(patch),
+        "judge": (judge or lm).fingerprint,
+        "asked": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+    }
+
+
+def digest_of(patch: Patch) -> str:
+    """Changes with everything that a patch does."""
+    found = hashlib.sha256(json.dumps([patch.kind, patch.spec()], sort_keys=True).encode())
+    for name, tensor in sorted(patch.tensors().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
