@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import resource
 import subprocess
@@ -24,7 +23,10 @@ import yaml
 
 from concept_unlearn import LM, Method, Scope, load_run
 from concept_unlearn.data.examples import write_jsonl
-from concept_unlearn.evaluation.concept import read_texts
+from concept_unlearn.evaluation.benchmark import reads_of
+from concept_unlearn.evaluation.metrics import Perplexity
+from concept_unlearn.evaluation.observe import observe
+from concept_unlearn.evaluation.view import Asked
 from concept_unlearn.methods import Finetune
 from concept_unlearn.objectives import GA
 
@@ -114,12 +116,12 @@ def measure(lm: LM, scope: Scope, *, said: bool) -> dict[str, float]:
     """``said``: also what it says, not only how likely the answers are."""
     kept = scope.retain[:: len(scope.retain) // 40]
     texts = Scope.of("general", forget=["nothing"], retain=None).retain[:24]
-    rows = read_texts(lm, texts, 96)
-    nll, n = -sum(row.logprob for row in rows), sum(row.n_tokens for row in rows)
+    perplexity = Perplexity(on="general")
+    view = observe(lm, {"general": Asked(texts, max_tokens=96)}, reads_of([perplexity]))
     found = {"forget_probability": probability(lm, scope.forget), "retain_probability": probability(lm, kept)}
     if said:
         found |= {"forget_rouge": rouge(lm, scope.forget), "retain_rouge": rouge(lm, kept[::2])}
-    return found | {"perplexity": math.exp(nll / n)}
+    return found | {"perplexity": perplexity(view).value}
 
 
 def probability(lm: LM, passages) -> float:

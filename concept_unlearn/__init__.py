@@ -38,7 +38,7 @@ from .edits import Scale as Scale
 from .edits import Shift as Shift
 from .edits import Zero as Zero
 from .errors import ConceptUnlearnError as ConceptUnlearnError
-from .evaluation.concept import ConceptBenchmark as ConceptBenchmark
+from .evaluation.benchmarks import ConceptBenchmark as ConceptBenchmark
 from .evaluation.g_effect import GEffect as GEffect
 from .evaluation.g_effect import PGEffect as PGEffect
 from .evaluation.g_effect import g_effect as g_effect

@@ -13,34 +13,45 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import Field
+from pydantic import Field, PlainSerializer, field_validator
 
-from .calibrate import Calibration, RetainedUtility, find_strength
-from .compare import observe
-from .component import Frozen
+from .calibrate import RetainedMetric, RetainedUtility, find_strength
+from .compare import Comparison
+from .component import Frozen, build
 from .config import ModelSpec, load_config
 from .data.scope import Scope
-from .evaluation.concept import ConceptBenchmark, Rows
-from .evaluation.cost import Cost
+from .errors import InvalidConfig
+from .evaluation.attacks import Attack
+from .evaluation.benchmark import Benchmark
+from .evaluation.benchmarks import ConceptBenchmark
+from .evaluation.meter import Meter, metered
 from .files import write_atomically
 from .methods import Method, Study
-from .patches import Patch
+from .patches import Patch, load_patch
 from .report import Entry, Report
 from .tracking import Tracker, silent
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Frozen)
+
+_CANARIES = 6
 
 
 class CalibrationSpec(Frozen):
-    keep: float = 0.98
-    """Share of the neighbouring probes' accuracy that must stay."""
+    keep: float | None = Field(None, gt=0, le=1)
+    """Share of what must be kept that must stay: of the neighbouring probes' accuracy (0.98 where not given), or of
+    ``metric`` (0.95).
+    """
+    metric: str | None = None
+    """Of ``benchmark``, higher where more is kept; by default the one that the benchmark itself keeps."""
+    benchmark: Benchmark | None = None
+    """What to calibrate on, apart from what is reported. A run on a concept has the tuning half of its scope."""
     max_perplexity: float = 1.01
     """How much general perplexity may grow, as a factor."""
     max_gibberish: float = 0.05
@@ -52,6 +63,8 @@ class CalibrationSpec(Frozen):
 
 
 class BenchmarkSpec(Frozen):
+    """The concept benchmark on the reporting half of the run's own scope."""
+
     max_probes: int | None = None
     """Of each set; none means all."""
     max_passages: int = 24
@@ -59,12 +72,18 @@ class BenchmarkSpec(Frozen):
     batch_size: int = 32
 
 
+Judge = Annotated[
+    BenchmarkSpec | Benchmark,
+    PlainSerializer(lambda judge: judge.spec() if isinstance(judge, Benchmark) else judge.model_dump(mode="json")),
+]
+
+
 class Run(Frozen):
     """A run's configuration. Unknown keys are errors; every default is written out beside the result."""
 
     model: ModelSpec = ModelSpec()
-    scope: str
-    """A built-in concept, a folder, a .jsonl file or a dataset id."""
+    scope: str | None = None
+    """A built-in concept, a folder, a .jsonl file or a dataset id; what the benchmark holds where not given."""
     name: str = "sae"
     """What the method is called in the report."""
     method: Method
@@ -72,8 +91,21 @@ class Run(Frozen):
     """Other methods to stand beside it, by name."""
     calibration: CalibrationSpec | None = CalibrationSpec()
     """None leaves every patch at full strength."""
-    benchmark: BenchmarkSpec = BenchmarkSpec()
+    benchmark: Judge = Field(BenchmarkSpec(), union_mode="left_to_right")
+    """Any benchmark, or settings of the concept benchmark, which reports on one half of the scope."""
+    attacks: dict[str, Attack] = Field(default_factory=dict)
+    """What every method has to stand, by name."""
+    retrained: ModelSpec | None = None
+    """A model that never saw what is to be forgotten, from which every gap is taken."""
+    seeds: tuple[int, ...] = ()
+    """Methods that draw anything are made once for each; the method's own seed where empty."""
     output: Path = Path("runs/run")
+
+    @field_validator("benchmark", mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        named = isinstance(value, str) or (isinstance(value, dict) and "kind" in value)
+        return Benchmark.parse(value) if named else build(BenchmarkSpec, value) if isinstance(value, dict) else value
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -86,35 +118,62 @@ def execute(run: Run, *, tracker: Tracker | None = None) -> Report:
     return _Execution(run, tracker or silent).report()
 
 
+class Fitted(Frozen):
+    """What making a patch took; it lies in its folder, at full strength until it is calibrated."""
+
+    fit: dict[str, int | float]
+
+
+class Calibrated(Frozen):
+    """The strength that a patch was set to, and what was tried on the way."""
+
+    strength: float
+    curve: tuple[tuple[float, float], ...] = ()
+
+
 class _Execution:
     def __init__(self, run: Run, tracker: Tracker) -> None:
         self.run, self.track = run, tracker
         self.lm = run.model.load()
-        self.scope = Scope.load(run.scope)
-        self.tune, self.test = self.scope.halves()
-        self.benchmark = ConceptBenchmark(self.test, **run.benchmark.model_dump())
+        if isinstance(run.benchmark, BenchmarkSpec):
+            if run.scope is None:
+                raise InvalidConfig("a run has a scope, or a benchmark that holds what is to be forgotten")
+            self.scope = Scope.load(run.scope)
+            self.learned, test = self.scope.halves()
+            self.benchmark: Benchmark = ConceptBenchmark(test, **run.benchmark.model_dump())
+        else:
+            self.benchmark = run.benchmark
+            found = self.benchmark.request if run.scope is None else Scope.load(run.scope)
+            if found is None:
+                raise InvalidConfig(f"the {self.benchmark.kind} benchmark holds no scope of its own: give the run one")
+            self.scope = self.learned = found
         self.stages = run.output / "stages"
         self.stages.mkdir(parents=True, exist_ok=True)
 
     def report(self) -> Report:
-        start = time.perf_counter()
-        run = self.run
+        start, run = time.perf_counter(), self.run
         write_atomically(
             run.output / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).encode()
         )
-        base = self._stage("base", Rows, run.benchmark.model_dump(), self._observe_base)
-        methods = {run.name: run.method, **run.compare}
-        entries = tuple(self._entry(name, method) for name, method in methods.items())
-        report = Report(self.lm.name, self.benchmark, base, entries, self._provenance(time.perf_counter() - start))
+        entries = [self._entry(*job) for job in self._jobs()]
+        report = self.comparison.report(entries, self._provenance(time.perf_counter() - start))
         report.save(run.output)
         return report
+
+    @cached_property
+    def comparison(self) -> Comparison:
+        run = self.run
+        return Comparison(
+            self.lm, self.benchmark, attacks=run.attacks, scope=self.learned, folder=run.output, tracker=self.track,
+            retrained=None if run.retrained is None else run.retrained.load(),
+        )  # fmt: skip
 
     @cached_property
     def study(self) -> Study:
         """Made, with one pass for what all methods read, only if a stage asks for it."""
         methods = [self.run.method, *self.run.compare.values()]
-        n_passages = sum(len(getattr(self.tune, name)) for name in ("forget", "near", "retain"))
-        study = Study(self.lm, self.tune)
+        n_passages = sum(len(getattr(self.learned, name)) for name in ("forget", "near", "retain"))
+        study = Study(self.lm, self.learned)
         with self.track("measure features", n_passages) as progress:
             study.progress = progress
             study.measure(
@@ -122,62 +181,73 @@ class _Execution:
             )
         return study
 
-    def _observe_base(self) -> Rows:
-        with self.track("evaluate the untouched model", self.benchmark.n_steps) as progress:
-            return self.benchmark.observe(self.lm, progress=progress)
+    def _jobs(self) -> Iterator[tuple[str, Method, int | None]]:
+        """Every method, and each that draws anything once a seed."""
+        for name, method in {self.run.name: self.run.method, **self.run.compare}.items():
+            if self.run.seeds and "seed" in type(method).model_fields:
+                yield from ((name, method.model_copy(update={"seed": seed}), seed) for seed in self.run.seeds)
+            else:
+                yield name, method, None
 
-    def _entry(self, name: str, method: Method) -> Entry:
-        what = {
-            "method": method.spec(),
-            "calibration": self.run.calibration and self.run.calibration.model_dump(),
-            "benchmark": self.run.benchmark.model_dump(),
+    def _entry(self, name: str, method: Method, seed: int | None) -> Entry:
+        full = name if seed is None else f"{name}-seed{seed}"
+        folder = self.run.output / ("patch" if full == self.run.name else f"patches/{full}")
+        spec = self.run.calibration
+        what: dict[str, Any] = {"method": method.spec()}
+        fitted = self._stage(f"fit-{full}", Fitted, what, lambda: self._fit(full, method, folder), needs=folder)
+        what |= {
+            "calibration": spec and spec.model_dump(mode="json"),
+            "on": spec and (spec.benchmark or self.benchmark).digest,
         }
-        folder = self.run.output / ("patch" if name == self.run.name else f"patches/{name}")
-        stored = self._stage(f"patch-{name}", StoredEntry, what, lambda: self._make(name, method, folder), needs=folder)
-        return stored.entry(name)
+        calibrated = self._stage(f"strength-{full}", Calibrated, what, lambda: self._calibrate(full, folder))
+        what |= {
+            "benchmark": [self.benchmark.spec(), self.benchmark.digest],
+            "attacks": {n: a.spec() for n, a in self.run.attacks.items()},
+            "retrained": self.run.retrained and self.run.retrained.model_dump(),
+        }
 
-    def _make(self, name: str, method: Method, folder: Path) -> StoredEntry:
-        study = self.study
-        work = self.run.output / "work" / name
-        with self.track(f"make {name}", None) as progress:
+        def observe() -> Entry:
+            patch = load_patch(folder).at(calibrated.strength)
+            return self.comparison.entry(
+                name, patch, about=_about(method), seed=seed, curve=calibrated.curve, fit=Meter(**fitted.fit)  # type: ignore[arg-type]
+            )  # fmt: skip
+
+        return self._stage(f"entry-{full}", Entry, what, observe)
+
+    def _fit(self, name: str, method: Method, folder: Path) -> Fitted:
+        study, work = self.study, self.run.output / "work" / name
+        with self.track(f"make {name}", None) as progress, metered(self.lm) as meter:
             study.progress, study.folder = progress, work
             patch = method.fit(study)
-        found = self._calibrate(name, patch)
-        patch = patch.at(found.strength if found else patch.strength)
-        patch = patch.met(self.lm, [p.text for p in self.tune.forget[:6]])
-        patch.save(folder)
-        with self.track(f"evaluate {name}", self.benchmark.n_steps) as progress:
-            entry = observe(
-                self.lm,
-                name,
-                patch,
-                self.benchmark,
-                curve=found.curve if found else (),
-                about=_about(method),
-                progress=progress,
-            )
+        patch.met(self.lm, [p.text for p in self.learned.forget[:_CANARIES]]).save(folder)
         shutil.rmtree(work, ignore_errors=True)
-        return StoredEntry(
-            rows=entry.rows, strength=entry.strength, curve=entry.curve, cost=entry.cost._asdict(), about=entry.about
-        )
+        return Fitted(fit=asdict(meter))
 
-    def _calibrate(self, name: str, patch: Patch) -> Calibration | None:
-        spec = self.run.calibration
+    def _calibrate(self, name: str, folder: Path) -> Calibrated:
+        """The patch in its folder is the calibrated one afterwards."""
+        patch, spec = load_patch(folder), self.run.calibration
         if spec is None:
-            return None
-        utility = self.utility
+            return Calibrated(strength=patch.strength)
+        made, utility = patch.at(1.0), self.utility
         with self.track(f"calibrate {name}", None) as utility.progress:
-            return find_strength(lambda s: utility(patch.at(s)), grid=spec.grid, tolerance=spec.tolerance)
+            found = find_strength(lambda s: utility(made.at(s)), grid=spec.grid, tolerance=spec.tolerance)
+        made.at(found.strength).met(self.lm, [p.text for p in self.learned.forget[:_CANARIES]]).save(folder)
+        return Calibrated(strength=found.strength, curve=found.curve)
 
     @cached_property
-    def utility(self) -> RetainedUtility:
+    def utility(self) -> RetainedUtility | RetainedMetric:
         """What is to be kept, and how much of it the untouched model has: the same for every method."""
         spec = self.run.calibration
         assert spec is not None
         with self.track("observe what must be kept", None) as progress:
-            return RetainedUtility(
-                self.lm, self.tune, progress=progress, **spec.model_dump(exclude={"grid", "tolerance"})
-            )
+            if isinstance(self.run.benchmark, BenchmarkSpec) and spec.benchmark is None:
+                settings = spec.model_dump(include={"max_perplexity", "max_gibberish", "max_probes", "max_passages"})
+                keep = 0.98 if spec.keep is None else spec.keep
+                return RetainedUtility(self.lm, self.learned, keep=keep, progress=progress, **settings)
+            return RetainedMetric(
+                self.lm, spec.benchmark or self.benchmark, metric=spec.metric,
+                keep=0.95 if spec.keep is None else spec.keep, progress=progress,
+            )  # fmt: skip
 
     def _stage(self, name: str, kind: type[T], what: Any, make: Callable[[], T], needs: Path | None = None) -> T:
         """``make()``, or what it made when the same was asked before, if what it ``needs`` is still there."""
@@ -186,9 +256,9 @@ class _Execution:
         )
         path = self.stages / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
         if path.is_file() and (needs is None or needs.is_dir()):
-            return kind.model_validate_json(path.read_bytes())  # type: ignore[attr-defined,no-any-return]
+            return kind.model_validate_json(path.read_bytes())
         made = make()
-        write_atomically(path, made.model_dump_json().encode())  # type: ignore[attr-defined]
+        write_atomically(path, made.model_dump_json().encode())
         return made
 
     @cached_property
@@ -206,24 +276,10 @@ class _Execution:
             },
             "device": str(self.lm.device),
             "scope_sha256": self._scope_hash,
-            "examples": {name: len(rows) for name, rows in self.test.probes.items()},
+            "examples": {name: len(asked.examples) for name, asked in self.benchmark.sets.items()},
             "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
             "seconds": round(seconds, 1),
         }
-
-
-class StoredEntry(Frozen):
-    """An entry of the report as a finished stage keeps it."""
-
-    rows: Rows
-    strength: float
-    curve: tuple[tuple[float, float], ...]
-    cost: dict[str, float]
-    about: str
-
-    def entry(self, name: str) -> Entry:
-        cost = Cost(int(self.cost["n_bytes"]), int(self.cost["n_parameters"]), self.cost["latency"])
-        return Entry(name, self.rows, self.strength, self.curve, cost, self.about)
 
 
 def _about(method: Method) -> str:

@@ -24,7 +24,7 @@ from rich.progress import Progress
 from concept_unlearn import LM, Scope
 from concept_unlearn.data.examples import Passage, Probe, normalise, write_jsonl
 from concept_unlearn.data.scope import CONCEPTS
-from concept_unlearn.evaluation.probes import probe_rows
+from concept_unlearn.evaluation.benchmarks import ConceptBenchmark
 
 SOURCES = Path(__file__).parent / "concepts"
 TOPICS = Path(__file__).parent / "topics.txt"
@@ -159,8 +159,12 @@ def verify(probes: list[Probe], models: list[LM], what: str, progress: Progress)
     kept = [p for p in {normalise(p.prompt): p for p in probes}.values() if not p.answered_by(p.prompt)]
     for lm in models:
         task = progress.add_task(f"verify {what} ({lm.dtype})".replace("torch.", ""), total=2 * len(kept))
-        rows = probe_rows(lm, kept, batch_size=64, progress=lambda n, task=task: progress.advance(task, n))
-        kept = [p for p, row in zip(kept, rows, strict=True) if row.generated_right and row.ranked_right]
+        scope = Scope.of("verified", forget=["nothing"], in_easy=kept, out_far=[])
+        benchmark = ConceptBenchmark(scope, batch_size=64)
+        metrics = [benchmark.metric(f"in_easy/{measure}_accuracy") for measure in ("generated", "ranked")]
+        view = benchmark.observe(lm, metrics=metrics, progress=lambda n, task=task: progress.advance(task, n))
+        right = zip(*(metric(view).values for metric in metrics), strict=True)
+        kept = [p for p, measures in zip(kept, right, strict=True) if all(measures)]
     return kept
 
 

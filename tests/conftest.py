@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,12 +14,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 
-from concept_unlearn.compare import compare
 from concept_unlearn.data.scope import Scope
-from concept_unlearn.evaluation.concept import ConceptBenchmark, Rows
-from concept_unlearn.lm import LM, Site
-from concept_unlearn.methods import Steer, Suppress
-from concept_unlearn.report import Report
+from concept_unlearn.lm import LM
 
 VOCAB = 48
 D_MODEL = 16
@@ -233,28 +228,6 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
         out_near=_known(lm, NEAR), out_far=_known(lm, FAR),
     )  # fmt: skip
     return Planted(lm, scope, str(root / "first"), str(root / "second"))
-
-
-@pytest.fixture(scope="session")
-def report(planted: Planted) -> Report:
-    """Two patches on the planted concept, the second with a curve as calibration leaves one."""
-    methods = {"sae": Suppress(dictionaries=(planted.first,), n=2), "means": Steer(sites=(Site("resid_pre", 0),))}
-    patches = {name: method(planted.lm, planted.scope) for name, method in methods.items()}
-    found = compare(planted.lm, patches, ConceptBenchmark(planted.scope))
-    sae, means = found.entries
-    means = replace(means, curve=((0.5, 1.25), (1.0, 0.75)))
-    return replace(found, entries=(sae, means), provenance={"device": "cpu", "config": {"scope": "planted"}})
-
-
-def asked_only(report: Report, *sets: str) -> Report:
-    """What the report would be if the scope had probes in these sets alone."""
-
-    def cut(rows: Rows) -> Rows:
-        kept = {n: rows.probes[n] if n in sets else () for n in rows.probes}
-        return rows.model_copy(update={"probes": kept, "surprise": {n: rows.surprise[n][: len(kept[n])] for n in kept}})
-
-    entries = tuple(replace(entry, rows=cut(entry.rows)) for entry in report.entries)
-    return replace(report, base=cut(report.base), entries=entries)
 
 
 def _known(lm: LM, starts: range, step: int = 1) -> list[dict[str, Any]]:

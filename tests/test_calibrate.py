@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import make_sae, words
 
-from concept_unlearn.calibrate import RetainedUtility, calibrate, find_strength
+from concept_unlearn.calibrate import RetainedMetric, RetainedUtility, calibrate, find_strength
 from concept_unlearn.data.examples import Probe
 from concept_unlearn.data.scope import Scope
 from concept_unlearn.edits import DenseClamp
-from concept_unlearn.errors import EmptyData, InvalidConfig
-from concept_unlearn.evaluation.probes import replies
-from concept_unlearn.patches import FeaturePatch
+from concept_unlearn.errors import EmptyData, InvalidConfig, UnknownName
+from concept_unlearn.evaluation.benchmarks import ConceptBenchmark
+from concept_unlearn.evaluation.metrics import AnswerLogprob, GeneratedAccuracy
+from concept_unlearn.patches import FeaturePatch, WeightPatch
+from concept_unlearn.weights import Dense
 
 
 def test_a_monotone_curve_is_found_to_the_tolerance():
@@ -85,13 +87,19 @@ def test_a_calibrated_patch_keeps_what_was_asked_and_knows_its_model(lm, scope, 
 
 def test_replies_in_scope_must_stay_fluent(lm, scope, patch, monkeypatch):
     """What is gibberish is another's test: here every reply that the patch changed counts as such."""
-    asked = replace(scope, in_easy=[Probe(prompt=words(i, i + 1), answers=("never",)) for i in range(30, 50)])
-    before = {tuple(reply.ids) for reply in replies(lm, asked.in_easy)}
+    prompts = [words(i, i + 1) for i in range(30, 50)]
+    asked = replace(scope, in_easy=[Probe(prompt=p, answers=("never",)) for p in prompts])
+
+    def written():
+        ids = [lm.encode(p, chat=False) for p in prompts]
+        return [tuple(reply) for reply in lm.generate_ids(ids, max_new_tokens=10)]
+
+    before = written()
     monkeypatch.setattr(
-        sys.modules["concept_unlearn.calibrate"], "is_gibberish", lambda ids, _: tuple(ids) not in before
+        "concept_unlearn.evaluation.metrics.answers.is_gibberish", lambda ids, _: tuple(ids) not in set(before)
     )
     with patch.on(lm):
-        changed = sum(tuple(reply.ids) not in before for reply in replies(lm, asked.in_easy)) / 20
+        changed = sum(reply not in set(before) for reply in written()) / 20
     assert 0 < changed < 1
     lenient = RetainedUtility(lm, asked, keep=0.01, max_perplexity=1e9, max_gibberish=0.5)
     assert lenient(patch) == pytest.approx((1 - changed) / 0.5)
@@ -106,7 +114,7 @@ def test_one_observation_of_the_base_serves_every_patch(lm, scope, patch):
 
 
 def test_a_patch_that_cannot_keep_it_is_off_and_warned_of(lm, scope, patch):
-    with pytest.warns(UserWarning, match="no strength"):
+    with pytest.warns(UserWarning, match="the best reachable is"):
         found = calibrate(lm, patch, scope, keep=1.0, max_perplexity=1.0, grid=2, tolerance=0.9)
     assert found.strength == 0
 
@@ -126,3 +134,44 @@ def test_nothing_to_keep_is_said(lm):
     )
     with pytest.raises(EmptyData, match="answers no retained probe"):
         RetainedUtility(lm, wrong)
+
+
+class TestOnABenchmark:
+    @pytest.fixture
+    def benchmark(self, scope):
+        return ConceptBenchmark(replace(scope, in_easy=scope.out_near[:2], out_near=scope.out_near[2:]))
+
+    @pytest.fixture
+    def weights(self, lm):
+        name = "model.layers.1.mlp.down_proj.weight"
+        shape = dict(lm.model.named_parameters())[name].shape
+        return WeightPatch({name: Dense(torch.randn(shape, generator=torch.Generator().manual_seed(1)))})
+
+    @pytest.mark.parametrize("kind", ["patch", "weights"])
+    def test_any_patch_is_set_to_the_most_that_keeps_the_metric(self, lm, benchmark, kind, request):
+        patch = request.getfixturevalue(kind)
+        found = calibrate(lm, patch, benchmark, keep=0.8, grid=6, tolerance=0.02)
+        utility = RetainedMetric(lm, benchmark, keep=0.8)
+        assert utility.metric == benchmark.keeps
+        assert 0 < found.strength < 1
+        assert utility(found) >= 1
+        assert utility(patch) < 1
+        assert utility(patch.at(0)) == pytest.approx(1 / 0.8)
+
+    def test_the_metric_is_chosen_by_name_or_brought(self, lm, benchmark, patch):
+        named = RetainedMetric(lm, benchmark, metric="out_near/ranked_accuracy")
+        brought = RetainedMetric(lm, benchmark, metric=GeneratedAccuracy(on="in_easy"))
+        assert named.metric.name == "out_near/ranked_accuracy"
+        assert brought(patch.at(0)) == pytest.approx(1 / 0.95)
+        with pytest.raises(UnknownName, match="known: .*generated_accuracy"):
+            RetainedMetric(lm, benchmark, metric="out_near/rouge")
+
+    def test_a_target_beyond_the_untouched_model_says_what_can_be_reached(self, lm, benchmark):
+        with pytest.raises(InvalidConfig, match=r"the best reachable is 1\b"):
+            RetainedMetric(lm, benchmark, target=1.5)
+        with pytest.raises(EmptyData, match="nothing to keep"):
+            RetainedMetric(lm, benchmark, metric=AnswerLogprob(on="out_near"))
+
+    def test_a_metric_belongs_to_a_benchmark(self, lm, scope, patch):
+        with pytest.raises(InvalidConfig, match="goes with a benchmark"):
+            calibrate(lm, patch, scope, metric="out_near/ranked_accuracy")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
 import resource
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +18,14 @@ from conftest import make_hf, make_tokenizer, words
 
 from concept_unlearn import LM, Corpus, Scope
 from concept_unlearn.activations import Harvest, Live, Store, harvest
+from concept_unlearn.data.examples import Passage, Probe
 from concept_unlearn.dictionaries import TopkArchitecture, Training, train
+from concept_unlearn.evaluation.observe import observe
+from concept_unlearn.evaluation.view import Asked
 from concept_unlearn.methods import Finetune, Study
 from concept_unlearn.objectives import GA, RetainNLL
+from concept_unlearn.patches import WeightPatch
+from concept_unlearn.weights import Dense
 
 SITES = ("resid_post.0", "resid_post.1")
 
@@ -155,3 +162,68 @@ def _ranked(
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def tiny_tasks(folder: Path, output: Path) -> None:
+    """``changes.json``: of lm-eval's tasks in a folder, what each metric is before and after a patch."""
+    import datasets
+
+    from concept_unlearn.evaluation.harness import Harness, changes
+
+    torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = output / "cache"
+    harness = Harness(tasks=("tiny_choice", "tiny_text"), include_path=folder)
+    before, after = harness(tiny_lm()), harness(tiny_lm(), tiny_weight_patch())
+    if before is not None and after is not None:
+        found = [[c.metric, c.before, c.after, c.difference] for c in changes(before, after)]
+        (output / "changes.json").write_text(json.dumps(found))
+
+
+ASKED = {
+    "forget": frozenset(("answers", "paraphrases", "distractors", "moments", "gradnorm", "said", "surprise")),
+    "retain": frozenset(("answers", "said", "surprise")),
+    "text": frozenset(("answers",)),
+}
+
+
+def tiny_sets() -> dict[str, Asked]:
+    """Questions with replies and continuations of unequal lengths, and plain texts; some words are no ASCII."""
+    rng = random.Random(5)
+
+    def draw(least: int, most: int) -> str:
+        return words(*rng.choices(range(7, 48), k=rng.randint(least, most)))
+
+    def probe(i: int) -> Probe:
+        options = {"distractors": tuple(draw(1, 5) for _ in range(i % 4)), "paraphrases": (draw(5, 7),) * (i % 2)}
+        history = (draw(2, 4), draw(2, 4)) if i % 6 == 0 else ()
+        return Probe(
+            prompt=draw(1, 12), answers=tuple(draw(1, 6) for _ in range(1 + i % 2)), chat=i % 3 == 0, history=history,
+            opening="w11" * (i % 5 == 0), **options,
+        )  # fmt: skip
+
+    return {
+        "forget": Asked(tuple(probe(i) for i in range(13)), max_new_tokens=4, max_cloze_tokens=3),
+        "retain": Asked(tuple(probe(i) for i in range(20, 29)), max_new_tokens=5, stop=("w9",)),
+        "text": Asked(tuple(Passage(text=draw(2, 30)) for _ in range(9)), max_tokens=24),
+    }
+
+
+def tiny_weight_patch() -> WeightPatch:
+    change = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    return WeightPatch({"model.layers.1.mlp.down_proj.weight": Dense(change)})
+
+
+def observe_in(folder: Path, stop: int | None = None) -> None:
+    """Killed for good, from within, when it has told of progress ``stop`` times."""
+    torch.set_num_threads(1)
+    told = 0
+
+    def progress(_: int) -> None:
+        nonlocal told
+        told += 1
+        if told == stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    observe(
+        tiny_lm(), tiny_sets(), ASKED, patch=tiny_weight_patch(), batch_size=6, folder=folder, progress=progress
+    )  # fmt: skip

@@ -7,5 +7,6 @@ They are imported in the order in which ``--help`` names them.
 from .app import app as app
 from .app import main as main
 from . import unlearning as unlearning
+from . import judging as judging
 from . import dictionaries as dictionaries
 from . import about as about

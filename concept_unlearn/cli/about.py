@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 import yaml
 from rich.table import Table
 
 from .app import app, bars, console, quiet
-
-if TYPE_CHECKING:
-    pass
 
 Config = Literal["run", "recipe"]
 
@@ -34,6 +31,9 @@ def list_() -> None:
     from ..data.scope import concepts
     from ..dictionaries import Architecture, shipped
     from ..edits import Edit
+    from ..evaluation.attacks import Attack
+    from ..evaluation.benchmark import Benchmark
+    from ..evaluation.metric import Metric
     from ..features import Score
     from ..gates import Gate
     from ..lm.embedded import EMBEDDED
@@ -44,7 +44,8 @@ def list_() -> None:
     for what, names in (
         ("models", EMBEDDED), ("concepts", concepts()), ("dictionaries", shipped()), ("scores", Score.members),
         ("edits", Edit.members), ("gates", Gate.members), ("methods", Method.members),
-        ("objectives", Objective.members), ("presets", PRESETS),
+        ("objectives", Objective.members), ("presets", PRESETS), ("benchmarks", Benchmark.members),
+        ("metrics", Metric.members), ("attacks", Attack.members),
         ("architectures to train", Architecture.members),
     ):  # fmt: skip
         table.add_row(f"[bold]{what}[/bold]", ", ".join(names))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 import yaml
@@ -13,10 +13,6 @@ from rich.text import Text
 
 from ..errors import InvalidConfig
 from .app import Dictionary, Model, Overrides, ScopeName, Spec, app, bars, console, quiet
-
-if TYPE_CHECKING:
-    pass
-
 
 @app.command()
 def run(
@@ -153,36 +149,6 @@ def bake(
             raise InvalidConfig(f"{patch} is a {loaded.kind} patch: it acts while the model runs, not in its weights")
         (loaded if strength is None else loaded.at(strength)).bake(lm, output)
     console.print(f"{output}: {lm.name} with {patch} in its weights")
-
-
-@app.command()
-def evaluate(
-    scope: ScopeName,
-    patch: Annotated[list[Path], typer.Option(help="A saved patch's folder. Repeatable; the first leads the report.")],
-    model: Model = "smollm2",
-    output: Annotated[Path | None, typer.Option(help="Folder for report.html, summary.json and rows.jsonl.")] = None,
-    max_probes: Annotated[int | None, typer.Option(help="Of each set; all where not given.")] = None,
-    any_base: Annotated[
-        bool, typer.Option(help="Accept a patch of another base if its canary says it still works.")
-    ] = False,
-) -> None:
-    """Measure saved patches on the reporting half of a scope."""
-    from ..compare import compare
-    from ..data.scope import Scope
-    from ..evaluation.concept import ConceptBenchmark
-    from ..lm import LM
-    from ..patches import load_patch
-
-    with quiet(), bars() as track:
-        lm = LM.load(model)
-        patches = {path.name: load_patch(path, lm, any_base=any_base) for path in patch}
-        benchmark = ConceptBenchmark(Scope.load(scope).halves().test, max_probes=max_probes)
-        with track("evaluate", benchmark.n_steps * (1 + len(patches))) as progress:
-            report = compare(lm, patches, benchmark, progress=progress)
-    console.print(report.table())
-    if output:
-        report.save(output)
-        console.print(f"\nreport: {output / 'report.html'}")
 
 
 @app.command()

@@ -125,14 +125,16 @@ def to_probe(record: Any) -> Probe:
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     """Line numbers, from 1, and records. Raises InvalidData that names the file and the line."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(line.decode())
             except json.JSONDecodeError as error:
                 raise InvalidData(f"{path}, line {number}: not JSON ({error.msg})") from None
+            except UnicodeDecodeError as error:
+                raise InvalidData(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
 
 
 def write_jsonl(path: Path, records: Iterable[Frozen]) -> None:

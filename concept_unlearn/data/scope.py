@@ -18,7 +18,9 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from pydantic import BeforeValidator, PlainSerializer
 
 from ..errors import EmptyData, InvalidData, UnknownName
 from .examples import Passage, Probe, normalise, read_jsonl, to_passage, to_probe
@@ -153,6 +155,14 @@ class Scope:
         splits: Mapping[str, Any] = loaded if isinstance(loaded, DatasetDict) else {"forget": loaded}
         known = {name: rows for name, rows in splits.items() if name in (*PASSAGES, *PROBES)}
         return cls.of(dataset, **(known or {"forget": next(iter(splits.values()))}))
+
+
+NamedScope = Annotated[
+    Scope,
+    BeforeValidator(lambda given: Scope.load(given) if isinstance(given, str | Path) else given),
+    PlainSerializer(lambda scope: scope.name, return_type=str),
+]
+"""A field that is written down by the scope's name."""
 
 
 def _read(path: Path, convert: Callable[[Any], T]) -> list[T]:

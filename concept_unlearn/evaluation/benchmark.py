@@ -14,6 +14,7 @@ from typing import Literal
 from pydantic import Field
 
 from ..component import Component, Frozen
+from ..data.scope import Scope
 from ..errors import InvalidConfig
 from ..lm import LM
 from ..patches import Patch
@@ -38,6 +39,12 @@ class Line(Frozen):
     """low, high, as before, 0, ..."""
     column: str | None = None
     """Its short name among the columns of a table of methods; none where it is not one of them."""
+
+    @classmethod
+    def of(
+        cls, section: str, label: str, metric: str, wanted: str = "", column: str | None = None, kind: Kind = "percent"
+    ) -> Line:
+        return cls(section=section, label=label, metric=metric, wanted=wanted, column=column, kind=kind)
 
 
 class Benchmark(Component, family=True):
@@ -75,12 +82,21 @@ class Benchmark(Component, family=True):
     def keeps(self) -> Metric:
         """What calibration keeps: higher where more was kept."""
 
+    @property
+    def request(self) -> Scope | None:
+        """What was asked to be forgotten and kept, where the benchmark holds it: methods and attacks learn from it."""
+        return None
+
     @cached_property
     def digest(self) -> str:
         """Changes with everything that is asked."""
         asked = {name: asdict(asked) for name, asked in self.sets.items()}
         text = json.dumps(asked, default=lambda e: e.model_dump(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def fitted(self, sets: Mapping[str, Asked], lm: LM) -> Mapping[str, Asked]:
+        """The sets as this model can be asked them. Raises InvalidData where it cannot."""
+        return sets
 
     def observe(
         self,
@@ -99,8 +115,9 @@ class Benchmark(Component, family=True):
         ``judge`` says how plausible the replies are; the model without its patch where None. With a ``folder`` records
         are kept as they come, and an observation that was stopped goes on to the same.
         """
+        reads = reads_of(self.metrics if metrics is None else metrics)
         return observe(
-            lm, {**self.sets, **(sets or {})}, _reads(self.metrics if metrics is None else metrics), patch=patch, judge=judge,
+            lm, self.fitted({**self.sets, **(sets or {})}, lm), reads, patch=patch, judge=judge,
             batch_size=self.batch_size, folder=folder, progress=progress,
         )  # fmt: skip
 
@@ -118,7 +135,7 @@ class Benchmark(Component, family=True):
 
     def n_steps(self, metrics: Sequence[Metric] | None = None) -> int:
         """How often ``progress`` will have been told of one more."""
-        reads = _reads(self.metrics if metrics is None else metrics)
+        reads = reads_of(self.metrics if metrics is None else metrics)
         return sum(len(self.sets[name].examples) * passes(wanted) for name, wanted in reads.items())
 
 
@@ -128,7 +145,8 @@ def passes(reads: frozenset[Read]) -> int:
     return scored + sum(read in reads for read in ("said", "surprise", "gradnorm"))
 
 
-def _reads(metrics: Sequence[Metric]) -> dict[str, frozenset[Read]]:
+def reads_of(metrics: Sequence[Metric]) -> dict[str, frozenset[Read]]:
+    """What these metrics read, by set."""
     found: dict[str, set[Read]] = {}
     names = [m.name for m in metrics]
     if twice := sorted({n for n in names if names.count(n) > 1}):

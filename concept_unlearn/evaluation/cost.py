@@ -1,14 +1,14 @@
-"""What a patch costs at inference, measured beside the model without it."""
+"""What a patch costs: at inference, measured beside the model without it, and to make."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
+from ..component import Frozen
 from ..data.encode import pad
 from ..lm import LM
 from ..lm.forward import forward
@@ -17,11 +17,24 @@ from ..patches import Patch
 _PAIRS = 5
 
 
-class Cost(NamedTuple):
+class Cost(Frozen):
+    """What is None was not measured."""
+
     n_bytes: int
     n_parameters: int
     latency: float
     """Time of a forward pass with the patch over one without: median of paired ratios."""
+    fit_seconds: float | None = None
+    """Of making the patch, as are all that follow: by the clock."""
+    fit_cpu_seconds: float | None = None
+    peak_mb: float | None = None
+    """Largest memory, in MiB."""
+    forward_tokens: int | None = None
+    """Passed through the model."""
+    backward_tokens: int | None = None
+    """Passed back through it."""
+    access: str | None = None
+    """What the method needs of the model."""
 
 
 @torch.no_grad()
@@ -43,4 +56,4 @@ def measure_cost(lm: LM, patch: Patch, texts: Sequence[Sequence[int]]) -> Cost:
         with patch.on(lm):
             ratios.append(seconds() / without)
     n_parameters = sum(t.numel() for t in patch.tensors().values())
-    return Cost(patch.n_bytes, n_parameters, statistics.median(ratios))
+    return Cost(n_bytes=patch.n_bytes, n_parameters=n_parameters, latency=statistics.median(ratios))

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from ..lm import LM
-
 MAX_SHARE_OF_ONE_TOKEN = 0.5
 MAX_SHARE_OF_REPEATED_4GRAMS = 0.5
 MAX_SURPRISE = 4.5
@@ -26,15 +24,3 @@ def is_repetitive(ids: Sequence[int]) -> bool:
 
 def is_gibberish(ids: Sequence[int], surprise: float | None) -> bool:
     return is_repetitive(ids) or surprise is None or surprise > MAX_SURPRISE
-
-
-def surprises(
-    lm: LM, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], *, batch_size: int = 32
-) -> list[float | None]:
-    """Nats a token of each reply under the model as it is; None of an empty one."""
-    written = [i for i, reply in enumerate(replies) if reply]
-    scored = lm.score([prompts[i] for i in written], [[replies[i]] for i in written], batch_size=batch_size)
-    found: list[float | None] = [None] * len(replies)
-    for i, (score,) in zip(written, scored, strict=True):
-        found[i] = -float(score.logprobs.mean())
-    return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field, field_validator
 
 from ..component import Frozen
 
@@ -35,8 +36,14 @@ class Measured(Frozen):
     """Of each item in that mean; all alike where there are none."""
     scale: Literal["linear", "exp"] = "linear"
     """exp: the value is the exponential of the mean, as perplexity is."""
-    notes: dict[str, float | str | None] = {}
+    notes: dict[str, float | str | None] = Field(default_factory=dict)
     """What else belongs to the number: a statistic, a tie rate, why it is undefined."""
+
+    @field_validator("notes")
+    @classmethod
+    def _infinite_again(cls, notes: dict[str, float | str | None]) -> dict[str, float | str | None]:
+        """As JSON writes it, infinity is a string."""
+        return {k: float(v) if v in ("Infinity", "-Infinity") else v for k, v in notes.items()}
 
     @property
     def is_mean(self) -> bool:
@@ -53,9 +60,10 @@ def mean_of(
     """The mean over the items that are defined."""
     kept = [i for i, value in enumerate(values) if value is not None]
     value, low, high = _interval(_table(values, weights, kept), _scaled(scale))
+    why = {} if kept else {"undefined": "undefined for every example" if values else "the set is empty"}
     return Measured(
         value=value, low=low, high=high, n=len(kept), n_total=len(values), values=tuple(values),
-        weights=tuple(weights), scale=scale, notes=dict(notes or {}),
+        weights=tuple(weights), scale=scale, notes={**why, **(notes or {})},
     )  # fmt: skip
 
 
@@ -71,7 +79,7 @@ def compared(
 
         def combine(means: np.ndarray) -> np.ndarray:
             a, b = scale(means[..., :2]), scale(means[..., 2:])
-            return np.asarray(a / b if how == "ratio" else a - b)
+            return np.where(b == 0, np.nan, a / b) if how == "ratio" else np.asarray(a - b)
 
         return _interval(np.concatenate(tables, 1), combine)
     if after.value is None or before.value is None or (how == "ratio" and before.value == 0):
@@ -108,8 +116,8 @@ def resampled(
     return found.model_copy(update={"low": float(low), "high": float(high)})
 
 
-def undefined(why: str, n_total: int = 0) -> Measured:
-    return Measured(value=None, n_total=n_total, notes={"undefined": why})
+def undefined(why: str, n_total: int = 0, *, notes: Mapping[str, float | str | None] | None = None) -> Measured:
+    return Measured(value=None, n_total=n_total, notes={**(notes or {}), "undefined": why})
 
 
 def _table(values: Values, weights: Sequence[float], kept: Sequence[int]) -> Table:
@@ -136,8 +144,7 @@ def _interval(
         return None, None, None
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         value = float(combine(table.mean(0)))
-        picks = np.random.default_rng(seed).integers(len(table), size=(RESAMPLES, len(table)))
-        spread = combine(table[picks].mean(1))
+        spread = combine(np.einsum("rn,nc->rc", _counts(len(table), seed), table) / len(table))
     spread = spread[np.isfinite(spread)]
     if np.isnan(value):
         return None, None, None
@@ -145,3 +152,10 @@ def _interval(
         return value, None, None
     low, high = np.percentile(spread, [2.5, 97.5])
     return value, float(low), float(high)
+
+
+@lru_cache(maxsize=2)
+def _counts(n: int, seed: int) -> np.ndarray:
+    """How often each of n items is in each resample."""
+    picks = np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))
+    return np.stack([np.bincount(row, minlength=n) for row in picks]).astype(float)

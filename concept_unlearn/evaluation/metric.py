@@ -20,12 +20,15 @@ class Metric(Component, family=True):
     """The set that it is about."""
     label: str | None = None
     """What it is called in tables and records, after its set; its kind where not given."""
-    beside: ClassVar[tuple[Beside, ...]] = ()
-    """The other models it compares with; undefined where one of them was not observed."""
 
     @property
     def name(self) -> str:
         return f"{self.on}/{self.label or self.kind}"
+
+    @property
+    def beside(self) -> tuple[Beside, ...]:
+        """The other models it compares with; undefined where one of them was not observed."""
+        return ()
 
     @property
     @abstractmethod

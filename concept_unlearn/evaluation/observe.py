@@ -30,6 +30,7 @@ from .records import Found, Key, Records
 from .view import SCORED, Asked, Read, Reply, Seen, Tokens, View
 
 Reads = Mapping[str, frozenset[Read]]
+_SAMPLE = "In 1984, Zoë's 3 foxes weren't   there…"
 _OVERLAP = 0.5
 """Of a window over a long text: what is at least seen to the left of each token that it scores."""
 
@@ -47,7 +48,7 @@ def observe(
 ) -> View:
     """Everything that ``reads`` names, each once. ``Benchmark.observe`` says more."""
     start, here = time.perf_counter(), Processes.here()
-    records = Records(folder, _what(lm, patch, judge, sets, reads), here)
+    records = Records(folder, {} if folder is None else _what(lm, patch, judge, sets, reads), here)
     work = _Work(lm, sets, reads, batch_size, records, here, progress)
     with patch.on(lm) if patch is not None else contextlib.nullcontext():
         work.answers()
@@ -55,13 +56,15 @@ def observe(
         work.replies()
         work.gradients()
     records.gather()
-    work.judge(judge or lm)
-    records.gather()
+    if any("surprise" in wanted for wanted in reads.values()):
+        work.judge(judge or lm)
+        records.gather()
     seen = {
-        name: Seen(name, sets[name], tuple(records.found[Key(name, i)] for i in range(len(sets[name].examples))))
-        for name in reads
+        name: Seen(name, asked, tuple(records.found.get(Key(name, i), {}) for i in range(len(asked.examples))))
+        for name, asked in ((name, sets[name]) for name in reads)
     }
-    return View(lm.name, seen, seconds=time.perf_counter() - start, seen=work.counts)
+    counts = dict(zip(work.counts, map(sum, zip(*here.gather(list(work.counts.values())), strict=True)), strict=True))
+    return View(lm.name, seen, seconds=time.perf_counter() - start, seen=counts)
 
 
 class Question(NamedTuple):
@@ -79,6 +82,11 @@ def encode_probe(lm: LM, probe: Probe) -> Question:
     prompt_ids = encode_question(lm.tokenizer, probe.prompt, history=probe.history)
     opening = encode_answer(lm.tokenizer, probe.opening, after_space=False) if probe.opening else []
     return Question(prompt_ids + opening, True)
+
+
+def encode_reply(lm: LM, probe: Probe, text: str) -> list[int]:
+    """An answer or distractor of a probe, open at the end, as it follows what ``encode_probe`` gives."""
+    return encode_answer(lm.tokenizer, text, after_space=not probe.chat or bool(probe.opening))
 
 
 class _Work:
@@ -102,6 +110,7 @@ class _Work:
             keys.append(key)
             prompts.append(question.prompt)
             groups.append([self._answer(probe, question, t) for name in fields for t in getattr(probe, name)])
+            self._check_fits(key, len(question.prompt) + max(map(len, groups[-1]), default=0) - 1)
             wanted.append(fields)
         some = [i for i, group in enumerate(groups) if group]
         batches = answer_batches(self.lm.model, [prompts[i] for i in some], [groups[i] for i in some], self.batch_size)
@@ -110,15 +119,15 @@ class _Work:
         n_end = len(self._end)
 
         def score(batch: list[int]) -> Found:
-            moments = any("moments" in self.reads[keys[i].set] for i in batch)
+            asked = {name: "moments" in self.reads[name] for name in {keys[i].set for i in batch}}
             rows = self.lm.score(
-                [prompts[i] for i in batch], [groups[i] for i in batch], batch_size=10**9, moments=moments
+                [prompts[i] for i in batch], [groups[i] for i in batch], batch_size=10**9, moments=any(asked.values())
             )
             found: Found = {}
             for i, row in zip(batch, rows, strict=True):
                 probe, left = self._example(keys[i]), iter(row)
                 assert isinstance(probe, Probe)
-                end = n_end if probe.chat else 0
+                end, moments = n_end if probe.chat else 0, asked[keys[i].set]
                 self.counts["prompt_tokens"] += len(prompts[i])
                 self.counts["answer_tokens"] += sum(map(len, groups[i]))
                 found[keys[i]] = {
@@ -142,8 +151,10 @@ class _Work:
             starts = [0, *range(step, max(len(ids) - window + step, step), step)]
             for start in starts:
                 piece = ids[start : start + window]
+                if piece[0] != ids[0] == self.lm.bos_id:  # what opens every sequence opens every window
+                    piece = [ids[0], *piece[1:]]
                 pieces.append((key, piece, 0 if start == 0 else window - step - 1))
-        moments = any("moments" in self.reads[key.set] for key, *_ in pieces)
+        moments = {key.set: "moments" in self.reads[key.set] for key, *_ in pieces}
         by_key: dict[Key, list[int]] = {}
         for i, (key, *_) in enumerate(pieces):
             by_key.setdefault(key, []).append(i)
@@ -152,10 +163,11 @@ class _Work:
 
         def score(batch: list[Key]) -> Found:
             rows = [pieces[i] for key in batch for i in by_key[key]]
-            scored = iter(self.lm.score_texts([ids for _, ids, _ in rows], batch_size=self.batch_size, moments=moments))
+            texts, any_moments = [ids for _, ids, _ in rows], any(moments[key.set] for key in batch)
+            scored = iter(self.lm.score_texts(texts, batch_size=self.batch_size, moments=any_moments))
             found: Found = {}
             for key, ids, skip in rows:
-                part = _tokens(next(scored), 0, moments)
+                part = _tokens(next(scored), 0, moments[key.set])
                 self.counts["prompt_tokens"] += len(ids)
                 old = found.get(key, {}).get("answers", (Tokens((), ()),))[0]
                 found[key] = {"answers": (_joined(old, part, skip),)}
@@ -169,8 +181,9 @@ class _Work:
         """What the model writes, greedily, each set to its own length."""
         asked: dict[int, list[tuple[Key, list[int]]]] = {}
         for key, probe in self._examples(Probe, "said"):
-            n = self.sets[key.set].reply_tokens(probe)
-            asked.setdefault(n, []).append((key, encode_probe(self.lm, probe).prompt))
+            n, prompt = self.sets[key.set].reply_tokens(probe), encode_probe(self.lm, probe).prompt
+            self._check_fits(key, len(prompt) + n)
+            asked.setdefault(n, []).append((key, prompt))
 
         def write(batch: list[tuple[Key, list[int]]], n: int) -> Found:
             prompts = [prompt for _, prompt in batch]
@@ -191,6 +204,9 @@ class _Work:
 
     def judge(self, judge: LM) -> None:
         """Nats a token of each reply, to a model that is none the worse for unlearning."""
+        ours, theirs = self.lm.tokenizer, judge.tokenizer
+        if ours is not theirs and ours.get_vocab() != theirs.get_vocab():
+            raise InvalidData(f"{judge.name} cannot judge what {self.lm.name} writes: it is of another tokenizer")
         keys, prompts, replies, silent = [], [], [], []
         for key, probe in self._examples(Probe, "surprise"):
             ids = list(self.records.found[key]["said"].ids)
@@ -231,11 +247,18 @@ class _Work:
                     elif kind is Probe and "said" in reads:
                         raise InvalidData(f"set {name!r} holds passages, which nobody can reply to")
 
+    def _check_fits(self, key: Key, n: int) -> None:
+        if n > self.lm.context:
+            raise InvalidData(
+                f"set {key.set!r}, example {key.at}: its prompt with what follows takes {n} tokens, and {self.lm.name} "
+                f"reads {self.lm.context}"
+            )
+
     def _example(self, key: Key) -> Probe | Passage:
-        return self.sets[key.set].examples[key.index]
+        return self.sets[key.set].examples[key.at]
 
     def _answer(self, probe: Probe, question: Question, text: str) -> list[int]:
-        ids = encode_answer(self.lm.tokenizer, text, after_space=not question.is_reply)
+        ids = encode_reply(self.lm, probe, text)
         return ids + self._end if question.is_reply else ids
 
     def _reply(self, key: Key, ids: Sequence[int]) -> Reply:
@@ -271,10 +294,15 @@ def _joined(old: Tokens, new: Tokens, skip: int) -> Tokens:
 
 def _what(lm: LM, patch: Patch | None, judge: LM | None, sets: Mapping[str, Asked], reads: Reads) -> dict[str, Any]:
     """Everything that decides what is observed."""
-    asked = [[name, repr(sets[name]), sorted(wanted)] for name, wanted in reads.items()]
+    asked = [[name, repr(sets[name]), sorted(wanted)] for name, wanted in sorted(reads.items())]
+    tokenizer = lm.tokenizer
+    split = [repr(tokenizer.chat_template), sorted(tokenizer.get_vocab().items()), lm.encode(_SAMPLE, chat=False)]
     return {
         "model": lm.fingerprint,
         "dtype": str(lm.dtype),
+        "tokenizer": hashlib.sha256(json.dumps(split).encode()).hexdigest()[:16],
+        "ends": sorted(lm.end_ids),
+        "context": lm.context,
         "patch": None if patch is None else digest_of(patch),
         "judge": (judge or lm).fingerprint,
         "asked": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
@@ -286,5 +314,5 @@ def digest_of(patch: Patch) -> str:
     found = hashlib.sha256(json.dumps([patch.kind, patch.spec()], sort_keys=True).encode())
     for name, tensor in sorted(patch.tensors().items()):
         found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]

@@ -17,11 +17,12 @@ Found = dict["Key", dict[str, Any]]
 
 class Key(NamedTuple):
     set: str
-    index: int
+    at: int
+    """Which of its examples."""
 
 
 class Records:
-    """``add`` what a batch found, ``found`` says all of it. Several processes write a part each and share at ``gather``.
+    """``add`` what a batch found, ``found`` says all of it. Several processes write a part each, and ``gather`` shares.
 
     A folder that holds the records of another observation is refused. Without a folder all stays in memory.
     """
@@ -46,7 +47,7 @@ class Records:
             self.found.setdefault(key, {}).update(fields)
         if self.folder is not None:
             with self._part.open("a", encoding="utf-8") as file:
-                file.write(_line(found))
+                file.write("\n" + _line(found))  # behind a line that was cut off, if there is one
                 file.flush()
 
     def gather(self) -> None:
@@ -63,8 +64,9 @@ class Records:
             if self._here.rank == 0:
                 lines = (_line({key: self.found[key]}) for key in sorted(self.found))
                 write_atomically(self._whole, "".join(lines).encode())
+                for part in self.folder.glob("part-*.jsonl"):  # also of processes that there are no more
+                    part.unlink()
             self._here.wait()
-            self._part.unlink(missing_ok=True)
 
     @property
     def _whole(self) -> Path:
@@ -92,17 +94,17 @@ class Records:
                 )
 
     def _read(self, path: Path) -> None:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n"):  # not splitlines: a reply may hold any separator that there is
             try:
                 rows = json.loads(line)
-            except json.JSONDecodeError:  # the line that was being written when the process died
+            except ValueError:  # the line that was being written when the process died, maybe within a character
                 continue
-            for name, index, fields in rows:
-                self.found.setdefault(Key(name, index), {}).update(_load(fields))
+            for name, at, fields in rows:
+                self.found.setdefault(Key(name, at), {}).update(_load(fields))
 
 
 def _line(found: Found) -> str:
-    return json.dumps([[key.set, key.index, _dump(fields)] for key, fields in found.items()], ensure_ascii=False) + "\n"
+    return json.dumps([[key.set, key.at, _dump(fields)] for key, fields in found.items()], ensure_ascii=False) + "\n"
 
 
 def _dump(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,10 +56,11 @@ class Tokens(NamedTuple):
     @property
     def body(self) -> Tokens:
         """Without the end token."""
-        return self.cut(self.n - self.n_end)._replace(n_end=0)
+        return self.cut(self.n - self.n_end)
 
     def cut(self, n: int) -> Tokens:
-        return Tokens(self.logprobs[:n], self.greedy[:n], self.n_end, self.mean[:n], self.std[:n])
+        n_end = max(self.n_end - max(self.n - n, 0), 0)
+        return Tokens(self.logprobs[:n], self.greedy[:n], n_end, self.mean[:n], self.std[:n])
 
     def as_json(self) -> list[Any]:
         return [self.logprobs, [int(g) for g in self.greedy], self.n_end, self.mean, self.std]
@@ -151,9 +152,16 @@ class Seen:
             return self.holds("answers") and all(t.mean or not t.n for group in self.answers for t in group)
         return all(read in record for record in self.records)
 
-    def _of(self, read: Read) -> tuple[Any, ...]:
+    def require(self, read: Read) -> None:
         if not self.holds(read):
             raise InvalidData(f"of set {self.name!r} this view holds no {read}: {_WHY[read]}")
+
+    def n_tokens(self, read: Read) -> list[list[int]]:
+        """Of each answer, paraphrase or distractor of each example."""
+        return [[tokens.n for tokens in group] for group in self._of(read)]
+
+    def _of(self, read: Read) -> tuple[Any, ...]:
+        self.require(read)
         return tuple(record[read] for record in self.records)
 
 
@@ -183,8 +191,28 @@ class View:
         return self.sets[name]
 
     def beside(self, *, original: View | None = None, retrained: View | None = None) -> View:
-        """The same view, compared with these."""
+        """The same view, compared with these.
+
+        Raises InvalidData where one of them was asked something else, or splits the answers into other tokens.
+        """
+        for role, other in (("original", original), ("retrained", retrained)):
+            if other is not None:
+                self._check_comparable(role, other)
         return replace(self, original=original or self.original, retrained=retrained or self.retrained)
+
+    def _check_comparable(self, role: str, other: View) -> None:
+        who, shared = f"the {role} model, {other.model!r},", sorted(self.sets.keys() & other.sets.keys())
+        if not shared:
+            raise InvalidData(f"{who} was asked none of the sets {', '.join(self.sets)}: it is of another benchmark")
+        for name in shared:
+            ours, theirs = self[name], other[name]
+            if ours.asked != theirs.asked:
+                raise InvalidData(
+                    f"{who} was asked another set {name!r}: it is of another benchmark, or of other settings of it"
+                )
+            for read in SCORED:
+                if ours.holds(read) and theirs.holds(read) and ours.n_tokens(read) != theirs.n_tokens(read):
+                    raise InvalidData(f"{who} has {read} of other lengths in set {name!r}: it is of another tokenizer")
 
     @classmethod
     def of_replies(cls, model: str, asked: Mapping[str, Asked], said: Mapping[str, Sequence[str]]) -> View:

@@ -1,4 +1,5 @@
-"""Results as a table, plots, one self-contained HTML page, and JSON."""
+"""Results as a table, plots, one self-contained HTML page, Markdown and JSON."""
 
 from .report import Entry as Entry
+from .report import Question as Question
 from .report import Report as Report

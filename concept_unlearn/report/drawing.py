@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 INK, QUIET = "#1f2933", "#9aa5b1"
-COLOURS = ("#c2410c", "#0f766e", "#6d28d9", "#0369a1", "#a16207", "#be185d")
+COLOURS = ("#c2410c", "#0f766e", "#6d28d9", "#0369a1", "#a16207", "#be185d", "#4d7c0f", "#475569")
 
 
 class Drawing(str):

@@ -2,71 +2,109 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic_core import to_json
 
-from . import plots
-from .report import Report
-from .table import report_examples
-from .words import COLUMNS, LINES, SETS, interval, shown
+from . import plots, words
+from .bars import bars
+from .costs import costs
+from .grid import columns, grid
+from .plane import colour
+from .reading import line_of, raw, read, told, worst_case
+from .report import Entry, Report
+from .summary import item_values
+from .table import methods_title
 
 
 def render(report: Report) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.globals["colour"] = colour
     return environment.get_template("report.html.j2").render(
         report=report,
-        lines=_lines(report),
-        columns=[name for name, *_ in COLUMNS],
-        compared=_compared(report),
-        examples=[_example(report, name, i) for name, i in report_examples(report, 6)],
-        browser=[(SETS[name], [_example(report, name, i) for i in range(len(rows))]) for name, rows in _probes(report)],
-        accuracies=plots.accuracies(report),
-        tradeoff=plots.tradeoff(report) if len(report.entries) > 1 else "",
-        calibration=plots.calibration(report),
+        headline=line_of(report, report.headline),
+        cards=_cards(report),
+        lines=told(report),
+        columns=columns(report),
+        rows=grid(report),
+        methods_title=methods_title(report),
+        drawings=_drawings(report),
+        attacked=bars(report),
+        costs=costs(report),
+        provenance=to_json(report.provenance, indent=1, inf_nan_mode="strings").decode(),
+        data=_embedded(_browser(report)),
     )
 
 
-def _lines(report: Report) -> list[dict[str, str]]:
-    summary = report.summary()
-    return [
-        {
-            "section": line.section,
-            "label": line.label,
-            "before": shown(line.kind, parts, "base") if "base" in parts else "",
-            "after": shown(line.kind, parts, "patched"),
-            "interval": interval(line.kind, parts),
-            "wanted": line.wanted,
-        }
-        for line in LINES
-        if (parts := summary.get(line.metric)) is not None
+def _cards(report: Report) -> list[dict[str, str]]:
+    """The numbers to know: what is left, what is kept, and what is left in the worst case."""
+    main, found = report.main, []
+    for metric in (report.headline, report.keeps):
+        line = line_of(report, metric)
+        card = {"label": line.label, "before": "", "now": read(report, line, main.results).text, "beside": ""}
+        if report.entries:
+            card["before"] = read(report, line, report.base.results).text
+            if report.retrained:
+                card["beside"] = f"retrained {read(report, line, report.retrained.results).text}"
+        found.append(card)
+    if worst := worst_case(report, main):
+        line, ceiling = line_of(report, report.headline), worst_case(report, report.base)
+        kind = raw(line.kind)
+        card = {"label": f"{line.label}, worst case: {worst[0]}", "before": "", "now": words.shown(kind, worst[1])}
+        is_other = ceiling is not None and main is not report.base
+        found.append(card | {"beside": f"untouched {words.shown(kind, ceiling[1])}" if ceiling and is_other else ""})
+    return found
+
+
+def _drawings(report: Report) -> list[tuple[Markup, str]]:
+    """Each with what is to be seen in it. What is drawn was escaped where it was drawn."""
+    tradeoff = "Forgotten against kept; grey: the front, below and to the right of which there is no method."
+    if any(entry.as_made for entry in report.entries):
+        tradeoff += " Filled: calibrated; hollow: as made."
+    if report.retrained:
+        tradeoff += " Dashed: what the retrained model knows."
+    found = [
+        (plots.tradeoff(report), tradeoff),
+        (plots.calibration(report), "How strengths were found: the filled point is the one chosen."),
+        *((one, "What more effort gets. Dashed: of the untouched model.") for one in plots.efforts(report).values()),
     ]
+    return [(Markup(drawing), text) for drawing, text in found if drawing]
 
 
-def _compared(report: Report) -> list[dict[str, Any]]:
-    rows = []
-    for entry in report.entries:
-        summary = report.summary(entry)
-        cells = [shown(kind, summary[metric], "patched") if metric in summary else "–" for _, metric, kind in COLUMNS]
-        rows.append({"entry": entry, "cells": cells})
-    return rows
-
-
-def _probes(report: Report) -> list[tuple[str, Any]]:
-    return [(name, rows) for name, rows in report.base.probes.items() if rows]
-
-
-def _example(report: Report, name: str, i: int) -> dict[str, Any]:
-    before, after = report.base.probes[name][i], report.main.rows.probes[name][i]
+def _browser(report: Report) -> dict[str, Any]:
+    methods = report.labelled | ({"the retrained model": report.retrained} if report.retrained else {})
     return {
-        "set": SETS[name],
-        "prompt": before.prompt,
-        "answers": ", ".join(before.answers),
-        "before": before.generation.strip(),
-        "after": after.generation.strip(),
-        "right_before": before.generated_right,
-        "right_after": after.generated_right,
+        "sets": {
+            name: [[q.prompt, list(q.answers), int(q.chat)] for q in questions]
+            for name, questions in report.questions.items()
+        },
+        "base": _seen(report, report.base),
+        "methods": [{"label": label, **_seen(report, entry)} for label, entry in methods.items()],
     }
+
+
+def _seen(report: Report, entry: Entry) -> dict[str, Any]:
+    values = {
+        name: {
+            metric: [_short(v) for v in found]
+            for metric, found in item_values(entry.results, name, len(questions)).items()
+        }
+        for name, questions in report.questions.items()
+    }
+    return {"said": entry.said, "values": values}
+
+
+def _short(value: float | None) -> float | None:
+    """Four digits are enough to look at."""
+    return value if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
+def _embedded(data: Any) -> Markup:
+    """JSON within a script element, which nothing in it can end."""
+    return Markup(to_json(data, inf_nan_mode="strings").decode().replace("<", "\\u003c"))

@@ -1,83 +1,133 @@
-"""What was observed of a model and of patches of it, and everything that is made of that."""
+"""What was observed of a model and of every way to make it forget; everything shown is made of this alone."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import from_json, to_json
 from rich.console import RenderableType
 
-from ..evaluation.bootstrap import Estimate
-from ..evaluation.concept import ConceptBenchmark, Rows
+from ..component import Frozen
+from ..errors import CorruptArtifact, InvalidConfig, InvalidData
+from ..evaluation.attacks.base import Outcome
+from ..evaluation.benchmark import Line
 from ..evaluation.cost import Cost
-from ..evaluation.fluency import MAX_SURPRISE
+from ..evaluation.measured import Measured
 from ..files import write_atomically
 
-Summary = dict[str, dict[str, Estimate]]
+
+def _json(data: Any, indent: int | None = None) -> bytes:
+    """JSON has no infinity: it is written as a string."""
+    return to_json(data, indent=indent, inf_nan_mode="strings", fallback=str)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One patch in a report."""
+Plain = Annotated[dict[str, Any], BeforeValidator(lambda data: from_json(_json(data)))]
+"""What JSON can hold, so that it is the same when it was saved and loaded."""
+
+
+class Question(Frozen):
+    """One example, as it was put to every model."""
+
+    prompt: str
+    answers: tuple[str, ...]
+    """Any of them is right; of a passage, its text."""
+    chat: bool = False
+
+
+class Entry(Frozen):
+    """One model of a report."""
 
     name: str
-    rows: Rows
-    strength: float
-    curve: tuple[tuple[float, float], ...]
+    about: str = ""
+    """One line on what it is."""
+    seed: int | None = None
+    strength: float = 1.0
+    curve: tuple[tuple[float, float], ...] = ()
     """(strength, retained utility) as calibration tried them; empty if it did not."""
-    cost: Cost
-    about: str
-    """One line on what the patch is."""
+    results: dict[str, Measured]
+    """By metric, at this strength."""
+    as_made: dict[str, Measured] = Field(default_factory=dict)
+    """At strength 1, where calibration lowered it."""
+    attacks: dict[str, Outcome] = Field(default_factory=dict)
+    """By attack, at this strength."""
+    cost: Cost | None = None
+    said: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """By set, the replies to its questions."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """The first entry is what the report is about; the others stand beside it for comparison."""
+class Report(Frozen):
+    """The first entry is what the report is about; the others stand beside it."""
 
     model: str
-    benchmark: ConceptBenchmark
-    base: Rows
-    entries: tuple[Entry, ...]
-    provenance: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    """Of the model's weights; reports of different ones do not merge."""
+    benchmark: str
+    spec: Plain = Field(default_factory=dict)
+    """From which the benchmark can be made again."""
+    digest: str
+    """Of everything that was asked."""
+    lines: tuple[Line, ...]
+    leaks: tuple[str, ...]
+    """Metrics that attacks try to raise; the first is the headline."""
+    keeps: str
+    """The metric that calibration keeps."""
+    questions: dict[str, tuple[Question, ...]]
+    """By set."""
+    base: Entry
+    """The untouched model; what leaks of it under attack is the ceiling."""
+    retrained: Entry | None = None
+    """A model that never saw what was to be forgotten."""
+    entries: tuple[Entry, ...] = ()
+    """Entries of one name are the same method made with different seeds."""
+    provenance: Plain = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _has_no_twins(self) -> Self:
+        for (name, seed), n in Counter((e.name, e.seed) for e in self.entries).items():
+            if n > 1:
+                raise InvalidConfig(f"{n} entries are called {name!r} and have seed {seed}: give them other names")
+        return self
 
     @property
     def main(self) -> Entry:
-        return self.entries[0]
+        """The untouched model where nothing else was observed."""
+        return self.entries[0] if self.entries else self.base
 
-    def summary(self, entry: Entry | None = None) -> Summary:
-        return self.benchmark.summarise(self.base, (entry or self.main).rows)
+    @property
+    def headline(self) -> str:
+        """The metric that says how much is left."""
+        return self.leaks[0]
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """One a probe or passage: what the base made of it, and what each patched model did."""
-        for name, base in self.base.probes.items():
-            for i, row in enumerate(base):
-                line: dict[str, Any] = {"set": name, "index": str(i), "prompt": row.prompt, "chat": row.chat}
-                line |= {"answers": row.answers, "base": _probe(self.base, name, i)}
-                yield line | {"patched": {e.name: _probe(e.rows, name, i) for e in self.entries}}
-        for name, texts in self.base.texts.items():
-            for i, text in enumerate(texts):
-                line = {"set": f"text/{name}", "index": str(i), "text": text.text, "n_tokens": text.n_tokens}
-                line |= {"base": {"logprob": text.logprob}}
-                yield line | {"patched": {e.name: {"logprob": e.rows.texts[name][i].logprob} for e in self.entries}}
+    @property
+    def groups(self) -> dict[str, tuple[Entry, ...]]:
+        """Entries by name: the seeds of one method together."""
+        return {name: tuple(e for e in self.entries if e.name == name) for name in dict.fromkeys(self._names)}
+
+    @property
+    def labelled(self) -> dict[str, Entry]:
+        """Entries by a name that no other has."""
+        often = Counter(self._names)
+        return {e.name if often[e.name] == 1 else f"{e.name}, seed {e.seed}": e for e in self.entries}
+
+    @property
+    def _names(self) -> list[str]:
+        return [e.name for e in self.entries]
 
     def as_json(self) -> dict[str, Any]:
-        """``metrics`` are those of the first entry; ``compared`` holds every entry's."""
-        compared = {entry.name: _flat(self.summary(entry)) for entry in self.entries}
-        return {
-            "model": self.model,
-            "scope": self.benchmark.scope.name,
-            "patch": self.main.name,
-            "metrics": compared[self.main.name],
-            "compared": compared,
-            "strength": {entry.name: entry.strength for entry in self.entries},
-            "calibration": {entry.name: entry.curve for entry in self.entries},
-            "cost": {entry.name: entry.cost._asdict() for entry in self.entries},
-            "about": {entry.name: entry.about for entry in self.entries},
-            "provenance": self.provenance,
-        }
+        """Numbers and notes without the examples, as plain data; ``metrics`` are those of the first entry."""
+        from .summary import summary
+
+        return summary(self)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One an example: what every model made of it."""
+        from .summary import rows
+
+        return rows(self)
 
     def table(self) -> RenderableType:
         """For a terminal."""
@@ -90,38 +140,41 @@ class Report:
 
         return render(self)
 
+    def markdown(self) -> str:
+        """The table of methods, for a paper."""
+        from .markdown import render
+
+        return render(self)
+
     def save(self, folder: str | Path) -> Path:
-        """``report.html``, ``summary.json`` and ``rows.jsonl``."""
+        """``report.html``, ``table.md``, ``summary.json``, ``rows.jsonl``, and ``report.json`` that holds it all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows())
-        write_atomically(folder / "rows.jsonl", lines.encode())
-        write_atomically(folder / "summary.json", json.dumps(self.as_json(), indent=1).encode())
+        write_atomically(folder / "rows.jsonl", b"".join(_json(row) + b"\n" for row in self.rows()))
+        write_atomically(folder / "summary.json", _json(self.as_json(), indent=1))
+        write_atomically(folder / "table.md", self.markdown().encode())
         write_atomically(folder / "report.html", self.html().encode())
+        write_atomically(folder / "report.json", _json(self))
         return folder
 
+    @classmethod
+    def load(cls, folder: str | Path) -> Report:
+        """What ``save`` put into a folder. Raises InvalidData where there is none, CorruptArtifact for a broken one."""
+        path = Path(folder) / "report.json"
+        if not path.is_file():
+            raise InvalidData(f"{folder} holds no report: there is no {path.name} in it")
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (ValidationError, InvalidConfig) as error:
+            raise CorruptArtifact(f"{path} is no report of this version: {str(error).splitlines()[0]}") from None
 
-def _probe(rows: Rows, name: str, i: int) -> dict[str, Any]:
-    row, surprise = rows.probes[name][i], rows.surprise[name][i]
-    return {
-        "generation": row.generation,
-        "generated_right": row.generated_right,
-        "ranked_right": row.ranked_right,
-        "answer_logprob": row.answer_logprob,
-        "gibberish": row.repetitive or surprise is None or surprise > MAX_SURPRISE,
-        "surprise": surprise,
-    }
+    @classmethod
+    def merged(cls, reports: Mapping[str, Report]) -> Report:
+        """Reports by the name of their run as one. Raises InvalidConfig where they ask something else or another model.
 
+        The untouched and the retrained model are those of the first report that has them. Entries of one name and
+        different seeds stay together; those of one seed get their run's name in front.
+        """
+        from .merge import merged
 
-def _flat(summary: Summary) -> dict[str, Any]:
-    """base and patched as numbers with the patched one's interval, and how they compare with its own."""
-    found = {}
-    for metric, parts in summary.items():
-        patched = parts["patched"]
-        line: dict[str, Any] = {"base": parts["base"].value} if "base" in parts else {}
-        line |= {"patched": patched.value, "low": patched.low, "high": patched.high, "n": patched.n}
-        for how in ("relative", "change"):
-            if how in parts:
-                line[how] = {"value": parts[how].value, "low": parts[how].low, "high": parts[how].high}
-        found[metric] = line
-    return found
+        return merged(reports)

@@ -1,77 +1,81 @@
-"""The metrics of a report in the words of somebody who meets them for the first time."""
+"""Values as text, by kind: a share, a number, or a multiple of what the untouched model has."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
 
-from ..evaluation.bootstrap import Estimate
+from ..evaluation.benchmark import Kind
 
-SETS = {
-    "in_easy": "about the concept",
-    "in_hard": "about the concept, reworded or indirect",
-    "out_near": "about its neighbours",
-    "out_far": "about anything else",
-}
+NONE = "–"
 
 
-class Line(NamedTuple):
-    section: str
-    label: str
-    metric: str
-    kind: str
-    """percent or ratio"""
-    wanted: str
+def shown(kind: Kind, value: float | None) -> str:
+    if value is None:
+        return NONE
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if kind == "percent":
+        return f"{_percent(value)}%"
+    return f"{value:.3g}" if kind == "number" else f"×{_factor(value)}"
 
 
-LINES = (
-    Line("Forgotten", "answers right, questions about the concept", "in_easy/generated_accuracy", "percent", "low"),
-    Line("Forgotten", "… reworded, indirect, other formats", "in_hard/generated_accuracy", "percent", "low"),
-    Line("Forgotten", "picks the right answer from a list", "in_easy/ranked_accuracy", "percent", "low"),
-    Line("Forgotten", "perplexity on text about the concept", "forget/perplexity", "ratio", "high"),
-    Line("Kept", "answers right, neighbouring knowledge", "out_near/generated_accuracy", "percent", "as before"),
-    Line("Kept", "answers right, general knowledge", "out_far/generated_accuracy", "percent", "as before"),
-    Line("Kept", "perplexity on general text", "general/perplexity", "ratio", "as before"),
-    Line("Side effects", "gibberish answers about the concept", "in_scope/gibberish", "percent", "as before"),
-    Line("Side effects", "gibberish answers elsewhere", "out_of_scope/gibberish", "percent", "as before"),
-    Line("Side effects", "questions about the concept the patch touches", "in_easy/touched", "percent", "high"),
-    Line("Side effects", "… reworded, indirect, other formats", "in_hard/touched", "percent", "high"),
-    Line("Side effects", "neighbouring questions the patch touches", "out_near/touched", "percent", "low"),
-    Line("Side effects", "general questions the patch touches", "out_far/touched", "percent", "low"),
-)
-
-COLUMNS = (
-    ("easy", "in_easy/generated_accuracy", "percent"),
-    ("hard", "in_hard/generated_accuracy", "percent"),
-    ("near", "out_near/generated_accuracy", "percent"),
-    ("far", "out_far/generated_accuracy", "percent"),
-    ("perplexity", "general/perplexity", "ratio"),
-    ("gibberish", "in_scope/gibberish", "percent"),
-)
-
-
-def shown(line_kind: str, parts: dict[str, Estimate], which: str) -> str:
-    """``which``: base or patched. A ratio is shown as the perplexity itself for the base, as a factor for the patch."""
-    if line_kind == "percent":
-        return percent(parts.get(which))
-    return number(parts["base"]) if which == "base" else factor(parts["relative"])
-
-
-def percent(found: Estimate | None) -> str:
-    return "–" if found is None or found.value is None else f"{found.value:.0%}"
-
-
-def number(found: Estimate) -> str:
-    return "–" if found.value is None else f"{found.value:.3g}"
-
-
-def factor(found: Estimate) -> str:
-    return "–" if found.value is None else f"x{found.value:.3f}"
-
-
-def interval(line_kind: str, parts: dict[str, Estimate]) -> str:
-    found = parts["patched"] if line_kind == "percent" else parts["relative"]
-    if found.low is None or found.high is None:
+def interval(kind: Kind, low: float | None, high: float | None) -> str:
+    if low is None or high is None:
         return ""
-    if line_kind == "percent":
-        return f"{found.low * 100:.0f}–{found.high:.0%}"
-    return f"{found.low:.3f}–{found.high:.3f}"
+    if kind == "percent":
+        return f"{_range(_percent(low), _percent(high))}%"
+    number = _factor if kind == "factor" else "{:.3g}".format
+    return _range(number(low), number(high))
+
+
+def deviation(kind: Kind, sd: float) -> str:
+    """Two digits of a standard deviation."""
+    return f"{100 * sd:.2g}%" if kind == "percent" else f"{sd:.2g}"
+
+
+def gap(kind: Kind, difference: float | None) -> str:
+    """Of a share in percentage points, of a factor in percent."""
+    if difference is None or math.isinf(difference):
+        return shown("number", difference)
+    if kind == "number":
+        return f"{difference:+.2g}"
+    return f"{round(100 * difference, 1):+g}{' pt' if kind == 'percent' else '%'}"
+
+
+def size(n_bytes: float) -> str:
+    """1.5 MB"""
+    for unit in ("B", "KB", "MB"):
+        if n_bytes < 999.5:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.3g} GB"
+
+
+def seconds(value: float) -> str:
+    """45 s, 12 min or 3.5 h"""
+    if value < 120:
+        return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+def count(n: float) -> str:
+    """950, 12.3 k or 4.56 M"""
+    for unit in ("", " k", " M"):
+        if n < 999.5:
+            return f"{n:.3g}{unit}"
+        n /= 1000
+    return f"{n:.3g} G"
+
+
+def _percent(share: float) -> str:
+    """Whole from 10 % on, below that with one digit more."""
+    percent = 100 * share
+    return f"{percent:.0f}" if abs(percent) >= 9.95 or round(percent, 1) == round(percent) else f"{percent:.1f}"
+
+
+def _factor(value: float) -> str:
+    return f"{value:.3f}" if value < 100 else f"{value:.3g}"
+
+
+def _range(low: str, high: str) -> str:
+    return f"{low} to {high}" if low.startswith("-") else f"{low}–{high}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_serializer, field_validator
+from pydantic import ConfigDict, Field, field_serializer
 
 from ...data.examples import Probe
 from ...data.scope import IN_SCOPE, OUT_OF_SCOPE, PROBES, Scope
@@ -40,12 +40,11 @@ class ConceptBenchmark(Benchmark):
     """Of each passage."""
 
     def __init__(self, scope: Scope | str, **settings: Any) -> None:
-        super().__init__(scope=scope, **settings)
-
-    @field_validator("scope", mode="before")
-    @classmethod
-    def _load(cls, scope: Any) -> Any:
-        return Scope.load(scope) if isinstance(scope, str) else scope
+        super().__init__(scope=Scope.load(scope) if isinstance(scope, str) else scope, **settings)
+        if not any(name in self.sets for name in IN_SCOPE):
+            raise EmptyData(
+                f"scope {self.scope.name!r} has no in_easy or in_hard probe: forgetting could not be told from nothing"
+            )
 
     @field_serializer("scope")
     def _name(self, scope: Scope) -> str:
@@ -54,12 +53,6 @@ class ConceptBenchmark(Benchmark):
     @property
     def name(self) -> str:
         return self.scope.name
-
-    def model_post_init(self, context: Any) -> None:
-        if not any(self.sets.get(name) for name in IN_SCOPE):
-            raise EmptyData(
-                f"scope {self.scope.name!r} has no in_easy or in_hard probe: forgetting could not be told from nothing"
-            )
 
     @cached_property
     def sets(self) -> Mapping[str, Asked]:
@@ -87,6 +80,10 @@ class ConceptBenchmark(Benchmark):
             if parts := tuple(part for part in parts if part in self.sets):
                 found.append(Gibberish(on=name, sets=parts))
         return tuple(found)
+
+    @property
+    def request(self) -> Scope:
+        return self.scope
 
     @property
     def leaks(self) -> tuple[Metric, ...]:

@@ -50,7 +50,10 @@ class Touched(_ItemMetric):
     """Share of examples of which the patch changed anything at all: some log-probability of an answer or text."""
 
     needs: ClassVar[tuple[Read, ...]] = ("answers",)
-    beside: ClassVar[tuple[Beside, ...]] = ("original",)
+
+    @property
+    def beside(self) -> tuple[Beside, ...]:
+        return ("original",)
 
     def __call__(self, view: View) -> Measured:
         if view.original is None:
@@ -63,7 +66,7 @@ class Touched(_ItemMetric):
 
 
 class Gibberish(Metric):
-    """Share of degenerate replies over several sets: loops, and text that the model without its patch finds implausible."""
+    """Share of degenerate replies over several sets: loops, and text that its untouched model does not expect."""
 
     sets: tuple[str, ...]
 
