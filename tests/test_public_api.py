@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import concept_unlearn
-from concept_unlearn import Architecture, Edit, Gate, Method, Objective, Score
+from concept_unlearn import Architecture, Attack, Benchmark, Edit, Gate, Method, Metric, Objective, Score
 from concept_unlearn.edits import Relative
 
 EXPORTED = [
@@ -32,8 +32,18 @@ EXPORTED = [
     "MatryoshkaBatchtopkArchitecture", "CodebookArchitecture",
     "Objective", "GA", "WGA", "SatImp", "Hinge", "CappedGA", "TemperatureGA", "NPO", "TNPO", "WTNPO", "SimNPO", "DPO",
     "IDK", "ME", "UNDIAL", "CEU", "Margin", "RMU", "RetainNLL", "RetainKL", "RetainEmbedding", "AnswerPreservation",
+    "Attack", "Outcome", "attack", "Dilute", "Extraction", "InContext", "JailbreakPrefix", "LinearProbe", "LogitLens",
+    "MultiTurn", "Paraphrase", "Prefill", "Quantise", "Relearn", "RolePlay", "Translate", "Benchmark", "Line",
+    "UnlearningScore", "MUSE", "TOFU", "MultipleChoice", "Survey", "known_to", "overlaps", "sae_bench", "Measured",
+    "Metric", "Asked", "View", "RetainedMetric", "RetainedUtility", "Comparison", "retrain", "teach", "Entry",
+    "Optimisation", "AnswerLogprob", "Average", "ChoiceAccuracy", "ConditionalProbability", "Consistency",
+    "CosineSimilarity", "EmbeddingAccuracy", "Entailment", "ExactMemorisation", "ExtractionStrength",
+    "ForgetEfficacy", "ForgetQuality", "Gap", "GeneratedAccuracy", "Gibberish", "MembershipAUC",
+    "MembershipClassifier", "ModelUtility", "Perplexity", "PrivLeak", "Probability", "RankedAccuracy", "Repetitive",
+    "Rouge", "TokenEntropy", "Touched", "TruthRatio", "closer_look_utility", "normalised_improvement_drop",
+    "retrain_gap", "robustness", "tofu_utility", "wagle_efficacy", "wagle_utility", "wmdp_efficacy",
 ]  # fmt: skip
-FAMILIES = [Edit, Gate, Score, Method, Architecture, Objective]
+FAMILIES = [Edit, Gate, Score, Method, Architecture, Objective, Attack, Benchmark, Metric]
 MEMBERS = [(family, member) for family in FAMILIES for member in family.members.values()]
 GIVEN = {
     "scale": {"by": -6.0},
@@ -44,6 +54,13 @@ GIVEN = {
     **{kind: {"d_sae": 8} for kind in ("standard", "gated", "jumprelu", "topk", "batchtopk")},
     "matryoshka_batchtopk": {"d_sae": 8, "matryoshka_widths": (2, 8)},
     "finetune": {"objectives": ({"kind": "npo", "beta": 0.5}, "retain_nll"), "lr": 2e-5, "watch": {"keep": 0.9}},
+    "concept": {"scope": "chess"},
+    "survey": {"scope": "astronomy"},
+    "multiple_choice": {"forget": "cais/wmdp/wmdp-bio"},
+    "gibberish": {"sets": ("forget",)},
+    "gap": {"of": {"kind": "probability"}},
+    "average": {"terms": ({"kind": "probability"},)},
+    "model_utility": {"terms": ({"kind": "probability", "on": "retain"},)},
     "steer": {"sites": ("resid_post.1",), "edit": {"kind": "shift", "by": -2}},
 }
 

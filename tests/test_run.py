@@ -96,7 +96,7 @@ def test_a_run_leaves_everything_that_was_promised(finished):
     assert {"config.yaml", "patch", "patches", "report.html", "rows.jsonl", "stages", "summary.json"} <= names
     summary = json.loads((output / "summary.json").read_text())
     easy = summary["metrics"]["in_easy/generated_accuracy"]
-    assert set(easy) == {"base", "patched", "low", "high", "n", "relative"}
+    assert {"base", "patched", "low", "high", "n", "relative"} <= set(easy)
     assert easy["base"] == 1.0
     assert set(summary["compared"]) == {"sae", "means", "leace"}
     rows = [json.loads(line) for line in (output / "rows.jsonl").read_text().splitlines()]

@@ -262,10 +262,18 @@ class _Work:
         return ids + self._end if question.is_reply else ids
 
     def _reply(self, key: Key, ids: Sequence[int]) -> Reply:
-        text = self.lm.tokenizer.decode(ids, skip_special_tokens=True)
-        for stop in self.sets[key.set].stop:
-            text = text.partition(stop)[0]
+        """Ids and text end before the first stop string."""
+        stops = self.sets[key.set].stop
+        text = self._decoded(ids)
+        if any(stop in text for stop in stops):
+            n = next(n for n in range(len(ids)) if any(stop in self._decoded(ids[: n + 1]) for stop in stops))
+            ids = ids[:n]
+            text = min((text.partition(stop)[0] for stop in stops), key=len)
         return Reply(tuple(ids), text.strip())
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        text: str = self.lm.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
 
     def _gradnorm(self, key: Key, example: Probe | Passage) -> Found:
         if isinstance(example, Passage):

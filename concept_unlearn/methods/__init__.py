@@ -8,3 +8,5 @@ from .finetune import Finetune as Finetune
 from .presets import PRESETS as PRESETS
 from .steer import Steer as Steer
 from .suppress import Suppress as Suppress
+from .teach import retrain as retrain
+from .teach import teach as teach

@@ -36,7 +36,7 @@ PATCHES = {"none": lambda: None, "weight": tiny_weight_patch, "feature": feature
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The records of an observation that nothing stopped."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("observed") / "whole"
     observe_in(folder)
     return folder
 
@@ -208,7 +208,7 @@ class TestReplies:
                 assert n == (5 if name == "retain" else 4 if probe.chat else 3)
                 (ids,) = lm.generate_ids([prompt_of(probe)], max_new_tokens=n)
                 text = lm.tokenizer.decode(ids, skip_special_tokens=True)
-                kept = text.partition("w9")[0] if name == "retain" else text
+                kept = text.partition("w21")[0] if name == "retain" else text
                 stopped += kept != text
                 assert said == Reply(tuple(ids), kept.strip())
         assert stopped
@@ -352,20 +352,24 @@ class TestFolder:
 
     def test_killed_again_and_again_ends_with_the_same_records(self, whole, tmp_path):
         for stop in (2, 9, 30):
-            process = start(observe_in, tmp_path, stop)
+            process = start(observe_in, tmp_path / "killed", stop)
             process.join()
             assert process.exitcode == -9
-        observe_in(tmp_path)
-        assert records(tmp_path) == records(whole)
+        observe_in(tmp_path / "killed")
+        assert records(tmp_path / "killed") == records(whole)
 
-    def test_of_two_processes_is_that_of_one(self, whole, tmp_path):
-        together(2, observe_in, tmp_path)
-        assert records(tmp_path) == records(whole)
-        assert {p.name for p in tmp_path.iterdir()} == {"observation.json", "records.jsonl"}
+    def test_of_two_processes_is_that_of_one_and_each_batch_is_done_once(self, whole, tmp_path):
+        together(2, observe_in, tmp_path / "two")
+        assert records(tmp_path / "two") == records(whole)
+        assert {p.name for p in (tmp_path / "two").iterdir()} == {"observation.json", "records.jsonl"}
+        one, two = (folder.with_suffix(".json").read_text() for folder in (whole, tmp_path / "two"))
+        assert json.loads(two) == json.loads(one) != dict.fromkeys(json.loads(one), 0)
 
     def test_begun_by_two_processes_is_finished_by_one(self, whole, tmp_path):
         for rank in (0, 1):
-            parts = Records(tmp_path, json.loads((whole / "observation.json").read_text()), Processes(rank, 1))
+            parts = Records(
+                tmp_path / "begun", json.loads((whole / "observation.json").read_text()), Processes(rank, 1)
+            )
             for line in (whole / "records.jsonl").read_text().splitlines()[rank::3]:
                 for name, at, fields in json.loads(line):
                     value = dict(fields)
@@ -373,10 +377,10 @@ class TestFolder:
                     if "said" in value:
                         value["said"] = Reply(tuple(value["said"][0]), value["said"][1])
                     parts.add({Key(name, at): value})
-        assert len(list(tmp_path.glob("part-*"))) == 2
-        observe_in(tmp_path)
-        assert records(tmp_path) == records(whole)
-        assert not list(tmp_path.glob("part-*"))
+        assert len(list((tmp_path / "begun").glob("part-*"))) == 2
+        observe_in(tmp_path / "begun")
+        assert records(tmp_path / "begun") == records(whole)
+        assert not list((tmp_path / "begun").glob("part-*"))
 
     def test_cut_off_within_any_line_loses_that_line_alone(self, tmp_path):
         rows = {

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ...errors import InvalidConfig, MissingExtra
 from ...lm import LM
@@ -97,7 +96,9 @@ def _rounded(rows: Tensor, bits: int, group: int) -> Tensor:
     block = (1, math.gcd(group, rows.shape[1]))
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     rows = rows.contiguous()
-    scale, zero = ao.choose_qparams_affine(rows, ao.MappingType.SYMMETRIC_NO_CLIPPING_ERR, block, torch.int8, lowest, highest)
+    scale, zero = ao.choose_qparams_affine(
+        rows, ao.MappingType.SYMMETRIC_NO_CLIPPING_ERR, block, torch.int8, lowest, highest
+    )
     whole = ao.quantize_affine(rows, block, scale, zero, torch.int8, lowest, highest)
     found: Tensor = ao.dequantize_affine(whole, block, scale, zero, torch.int8, lowest, highest)
     return found
@@ -105,6 +106,8 @@ def _rounded(rows: Tensor, bits: int, group: int) -> Tensor:
 
 def _linear_weights(lm: LM) -> list[tuple[nn.Parameter, bool]]:
     """Each once, and whether it has a column an output, as a Conv1D has."""
+    from transformers.pytorch_utils import Conv1D
+
     base: Any = root(lm.model)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     apart = {id(p) for m in lm.model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}

@@ -22,7 +22,7 @@ class Paraphrase(_OtherPrompts):
     """A probe's first own wording, or what a model makes of it; what gives the answer away is asked as it was."""
 
     writer: str | None = None
-    """A model by name; the one under attack without its patch where None."""
+    """A model by name; the one under attack without its patch where None. A small one rewrites badly."""
 
     def rewordings(self, victim: Victim) -> Iterable[Rewording]:
         yield Rewording(partial(self._reworded, victim))
@@ -84,10 +84,12 @@ def _order(probe: Probe, instruction: str, label: str) -> str:
 
 
 def _cleaned(order: str, said: str) -> str:
-    """The first line, without the label it was asked for under and without quotation marks."""
+    """The first line, without quotation marks and without a label that the model repeats."""
     line = next((line.strip() for line in said.splitlines() if line.strip()), "")
-    label = order.rpartition("\n")[2]
-    return line[len(label) :].strip(' "') if line.lower().startswith(label.lower()) else line.strip('"')
+    for label in (line.partition(":")[0] + ":" for line in order.splitlines()[-2:]):
+        if line.lower().startswith(label.lower()):
+            line = line[len(label) :].strip()
+    return line.strip('"').strip()
 
 
 def _asked(probe: Probe, text: str, ending: str = "") -> Probe:

@@ -67,6 +67,7 @@ class Gap(NamedTuple):
 
 
 def retrain_gap(found: Measured, retrained: Measured) -> Gap:
+    """How far a model's value is from the retrained model's, with its sign."""
     signed, low, high = compared(found, retrained, "difference")
     reference = retrained.value
     if signed is None or reference is None or abs(reference) < _MIN_REFERENCE:

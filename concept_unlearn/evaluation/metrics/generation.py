@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from ...errors import MissingExtra
 from ..fluency import is_repetitive
 from ..measured import Measured, mean_of
 from ..metric import _ItemMetric
@@ -99,8 +97,6 @@ def _best(seen: Seen, i: int, measure: str) -> float | None:
 
 @lru_cache(maxsize=1)
 def _scorer() -> Any:
-    if importlib.util.find_spec("rouge_score") is None:
-        raise MissingExtra("rouge-score", "to compare texts by ROUGE-L")
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -13,7 +12,7 @@ from pydantic import Field
 from scipy.stats import rankdata
 
 from ...data.examples import Passage, Probe
-from ...errors import InvalidData, MissingExtra
+from ...errors import InvalidData
 from ..measured import Measured, Table, mean_of, resampled, undefined
 from ..metric import Beside, Metric
 from ..view import Read, Seen, Tokens, View
@@ -238,8 +237,6 @@ class MembershipClassifier(Metric):
 
 def _svm(taught: Sequence[tuple[float, float]]) -> Callable[[float], float]:
     """From (score, 1 of a member) a function of a score."""
-    if importlib.util.find_spec("sklearn") is None:
-        raise MissingExtra("scikit-learn", "for the classifier that tells members by their scores")
     from sklearn.svm import SVC
 
     scores, labels = np.array(taught).T

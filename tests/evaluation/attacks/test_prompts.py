@@ -271,7 +271,7 @@ def writer(replies, heard=None):
 
 def test_what_a_model_writes_is_cleaned_and_kept_if_it_gives_nothing_away(lm, monkeypatch):
     probes = [Probe(prompt=f"w3{i}", answers="w20 w21", chat=i < 4) for i in range(5)]
-    said = ['\n "w40 w41?" \nmore', "Rewritten question: w42", "It is w20 w21.", "  ", "Rewritten unfinished text: w43"]
+    said = ['\n "w40 w41?" \nmore', "Rewritten question: w42", "It is w20 w21.", "  ", "Unfinished text: w43"]
     heard = []
     monkeypatch.setattr(LM, "generate", writer(iter(said), heard))
     (found,) = asked(Paraphrase(), lm, *probes)
@@ -282,11 +282,11 @@ def test_what_a_model_writes_is_cleaned_and_kept_if_it_gives_nothing_away(lm, mo
 
 
 def test_translations_ask_for_a_reply_in_the_language_of_the_answers(lm, monkeypatch):
-    monkeypatch.setattr(LM, "generate", writer(iter(["w40", "w41", "French unfinished text: w42", "w43"])))
+    monkeypatch.setattr(LM, "generate", writer(iter(["w40", "w41", "German question: w42", '"w43"'])))
     ways = asked(Translate(languages=("French", "German")), lm, CHAT, PLAIN)
     assert [[p.prompt for p in way] for way in ways] == [
         ["w40\n\nReply in English.", "w41"],
-        ["French unfinished text: w42\n\nReply in English.", "w43"],
+        ["w42\n\nReply in English.", "w43"],
     ]
 
 

@@ -258,10 +258,6 @@ def test_a_share_of_tokens_is_a_share():
 
 
 class TestClassifier:
-    @pytest.fixture(autouse=True)
-    def _with_scikit_learn(self):
-        pytest.importorskip("sklearn", reason="needs scikit-learn")
-
     @pytest.mark.parametrize(("forgotten", "wanted"), [((0.1, 0.12), 0), ((5.0, 5.1), 1), ((0.1, 5.0), 0.5)])
     def test_separated_scores_are_called_right(self, forgotten, wanted):
         kept, unseen = items(*[0.1, 0.2, 0.15] * 4, prefix="r"), items(*[5.0, 5.2, 4.9] * 4, prefix="h")
