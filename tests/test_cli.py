@@ -99,7 +99,7 @@ def test_rank_shows_features(workplace):
 
 def test_list_names_what_is_built_in():
     out = shell("list")
-    for name in ("smollm2", "chess", "selectivity", "dense_clamp", "streaming", "suppress", "dsg"):
+    for name in ("smollm2", "chess", "selectivity", "dense_clamp", "streaming", "suppress", "dsg", "tofu", "rouge", "relearn"):
         assert name in out
 
 
@@ -121,6 +121,9 @@ VERBS = (
     "harvest",
     "train",
     "eval-dictionary",
+    "attack",
+    "compare",
+    "teach",
 )
 
 
