@@ -76,7 +76,8 @@ class RetainedMetric:
             raise EmptyData(f"{self.metric.name} of the untouched model is {base}: there is nothing to keep")
         if target is not None and target > base:
             raise InvalidConfig(
-                f"no strength reaches {self.metric.name} = {target:g}: the best reachable is {base:.4g}, with the patch off"
+                f"no strength reaches {self.metric.name} = {target:g}: the best reachable is {base:.4g}, with the "
+                "patch off"
             )
         self.least = keep * base if target is None else target
 
@@ -198,8 +199,8 @@ def strongest(utility: Utility, patch: Patch, *, grid: int = 21, tolerance: floa
     if found.strength == 0:
         best = max((value, strength) for strength, value in found.curve if strength > 0)
         warnings.warn(
-            f"no strength of this patch keeps what was asked, so it is off: the best reachable is {best[0]:.3g} of it, at "
-            f"strength {best[1]:.3g}",
+            f"no strength of this patch keeps what was asked, so it is off: the best reachable is {best[0]:.3g} of it, "
+            f"at strength {best[1]:.3g}",
             stacklevel=3,
         )
     return found

@@ -124,9 +124,9 @@ class Comparison:
             for name in self._base_view.sets
         }
         return Report(
-            model=self.lm.name, fingerprint=self.lm.fingerprint, benchmark=benchmark.name, spec=benchmark.spec(), digest=benchmark.digest,
-            lines=benchmark.lines, leaks=tuple(m.name for m in benchmark.leaks), keeps=benchmark.keeps.name,
-            questions=questions, base=self.base, retrained=self.retrained, entries=tuple(entries),
+            model=self.lm.name, fingerprint=self.lm.fingerprint, benchmark=benchmark.name, spec=benchmark.spec(),
+            digest=benchmark.digest, lines=benchmark.lines, leaks=tuple(m.name for m in benchmark.leaks),
+            keeps=benchmark.keeps.name, questions=questions, base=self.base, retrained=self.retrained, entries=tuple(entries),
             provenance=dict(provenance or {}),
         )  # fmt: skip
 
@@ -179,7 +179,7 @@ class Comparison:
             else encode_text(self.lm.tokenizer, e.text, e.prompt)
             for e in asked
         ]
-        cost = measure_cost(self.lm, patch, texts)
+        cost = measure_cost(self.lm, patch, texts).model_copy(update={"access": patch.access})
         if fit is None:
             return cost
         return cost.model_copy(

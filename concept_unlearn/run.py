@@ -34,7 +34,7 @@ from .evaluation.benchmarks import ConceptBenchmark
 from .evaluation.meter import Meter, metered
 from .files import write_atomically
 from .methods import Method, Study
-from .patches import Patch, load_patch
+from .patches import load_patch
 from .report import Entry, Report
 from .tracking import Tracker, silent
 

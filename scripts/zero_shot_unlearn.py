@@ -66,7 +66,7 @@ def main() -> None:
             lm, patch, tune, keep=options.keep, max_perplexity=options.max_perplexity,
             max_gibberish=options.max_gibberish, grid=options.grid, progress=stage("calibrate"),
         )  # fmt: skip
-        report = compare(lm, {"sae": patch}, benchmark, progress=stage("evaluate", 2 * benchmark.n_steps))
+        report = compare(lm, {"sae": patch}, benchmark, progress=stage("evaluate", 2 * benchmark.n_steps()))
     Console().print(report.table())
     if options.output:
         patch.save(options.output / "patch")

@@ -163,7 +163,7 @@ class TestOnABenchmark:
         brought = RetainedMetric(lm, benchmark, metric=GeneratedAccuracy(on="in_easy"))
         assert named.metric.name == "out_near/ranked_accuracy"
         assert brought(patch.at(0)) == pytest.approx(1 / 0.95)
-        with pytest.raises(UnknownName, match="known: .*generated_accuracy"):
+        with pytest.raises(UnknownName, match=r"known: .*generated_accuracy"):
             RetainedMetric(lm, benchmark, metric="out_near/rouge")
 
     def test_a_target_beyond_the_untouched_model_says_what_can_be_reached(self, lm, benchmark):

@@ -99,7 +99,18 @@ def test_rank_shows_features(workplace):
 
 def test_list_names_what_is_built_in():
     out = shell("list")
-    for name in ("smollm2", "chess", "selectivity", "dense_clamp", "streaming", "suppress", "dsg", "tofu", "rouge", "relearn"):
+    for name in (
+        "smollm2",
+        "chess",
+        "selectivity",
+        "dense_clamp",
+        "streaming",
+        "suppress",
+        "dsg",
+        "tofu",
+        "rouge",
+        "relearn",
+    ):
         assert name in out
 
 
@@ -124,6 +135,7 @@ VERBS = (
     "attack",
     "compare",
     "teach",
+    "lm-eval",
 )
 
 

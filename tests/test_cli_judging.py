@@ -37,7 +37,8 @@ def tofu(tmp_path_factory):
     ):
         rows = [
             {
-                "question": words(7 + k, 12 + i, 20), "answer": words(25 + i, 30 + k), "perturbed_answer": [words(40, 41 + i)],
+                "question": words(7 + k, 12 + i, 20), "answer": words(25 + i, 30 + k),
+                "perturbed_answer": [words(40, 41 + i)],
                 "paraphrased_answer": words(26 + i, 31 + k), "paraphrased_question": words(8 + k, 12 + i, 21),
             }
             for i in range(4)
@@ -72,7 +73,10 @@ def test_an_evaluation_takes_attacks(common, patch, tmp_path):
 def test_attacks_alone_are_a_table_beside_the_untouched_model(common, patch, tmp_path):
     out = shell("attack", "prefill", "{kind: logit_lens, stride: 1}", *common, "--patch", patch, "--max-probes", 3)
     assert {"untouched", "sae"} <= set(out.split())
-    assert all(any(line.strip("│ ").startswith(name) for line in out.splitlines()) for name in ("none", "prefill", "logit_lens"))
+    assert all(
+        any(line.strip("│ ").startswith(name) for line in out.splitlines())
+        for name in ("none", "prefill", "logit_lens")
+    )
 
 
 def test_runs_are_put_beside_one_another(workplace, tmp_path):
@@ -91,7 +95,7 @@ def test_runs_are_put_beside_one_another(workplace, tmp_path):
     out = shell("compare", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "both")
     assert {"one", "two"} <= set(out.split())
     assert [e.name for e in Report.load(tmp_path / "both").entries] == ["one", "two"]
-    with pytest.raises(InvalidConfig, match="holds a report.json"):
+    with pytest.raises(InvalidConfig, match=r"holds a report.json"):
         shell_raises("compare", tmp_path)
 
 

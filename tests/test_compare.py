@@ -73,7 +73,9 @@ def test_what_was_said_stands_beside_its_question(report, planted):
     assert sum(right) / len(right) == report.main.results[LEAK].value
 
 
-def test_stopped_and_started_again_it_gives_the_same(planted, benchmark, patches, attacks, report, tmp_path, monkeypatch):
+def test_stopped_and_started_again_it_gives_the_same(
+    planted, benchmark, patches, attacks, report, tmp_path, monkeypatch
+):
     """Killed after each pass over the model in turn, until one run comes through."""
     calls, limit, score, generate = 0, 0, LM.score, LM.generate_ids
 

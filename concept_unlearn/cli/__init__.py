@@ -8,5 +8,6 @@ from .app import app as app
 from .app import main as main
 from . import unlearning as unlearning
 from . import judging as judging
+from . import lm_eval as lm_eval
 from . import dictionaries as dictionaries
 from . import about as about

@@ -116,10 +116,10 @@ def attack(
     for name in found:
         table.add_column(Text(name), justify="right")
     table.add_row("none", *(_shown(clean[name][leak].value) for name in found))
-    for one in chosen:
-        cells = [found[name][one] for name in found]
+    for kind in chosen:
+        cells = [outcomes[kind] for outcomes in found.values()]
         table.add_row(
-            Text(one), *(c.skipped or _shown(c.results[leak].value if leak in c.results else None) for c in cells)
+            Text(kind), *(c.skipped or _shown(c.results[leak].value if leak in c.results else None) for c in cells)
         )
     console.print(table)
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from ..errors import InvalidConfig
 from .app import Dictionary, Model, Overrides, ScopeName, Spec, app, bars, console, quiet
 
+
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="A YAML file, see configs/ and the schema verb.")],

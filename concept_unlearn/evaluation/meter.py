@@ -26,7 +26,7 @@ class Meter:
     cpu_seconds: float = 0.0
     """Of all threads of this process."""
     peak_mb: float = 0.0
-    """The most memory above what was in use before: of the accelerator where the model is on one, of the process else."""
+    """The most memory above what was in use before, in MiB: of the model's accelerator, or else of the process."""
     forward_tokens: int = 0
     """That went into the model, padding included."""
     backward_tokens: int = 0

@@ -28,6 +28,7 @@ class ActivationPatch(Patch):
     """What the gate reads; by default what the patch itself reads at its shallowest site."""
     strength: float = 1.0
     origin: Origin | None = None
+    access = "activations"
 
     @abstractmethod
     def edits(self, lm: LM, switch: Switch) -> Mapping[Site, EditFn]:

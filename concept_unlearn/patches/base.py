@@ -28,6 +28,8 @@ class Patch(ABC):
 
     kind: ClassVar[str]
     kinds: ClassVar[dict[str, type[Patch]]] = {}
+    access: ClassVar[str]
+    """What of the model it needs while it runs: weights, activations, logits or prompts."""
     strength: float
     """0 is off, exactly; 1 is as made, exactly."""
     origin: Origin | None
@@ -93,6 +95,7 @@ class Stack(Patch):
     strength: float = 1.0
     origin: Origin | None = None
     kind = "stack"
+    access = "that of its parts"
 
     def __post_init__(self) -> None:
         check_strength(self.strength)

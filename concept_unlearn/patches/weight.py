@@ -40,6 +40,7 @@ class WeightPatch(Patch):
     strength: float = 1.0
     origin: Origin | None = None
     kind = "weight"
+    access = "weights"
 
     def __post_init__(self) -> None:
         check_strength(self.strength)

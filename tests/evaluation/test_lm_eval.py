@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from workers import tiny_tasks, together
 
 import concept_unlearn.cli.lm_eval  # noqa: F401 (registers its verb)
-from concept_unlearn.cli import app
+from concept_unlearn.cli.app import app, console
 from concept_unlearn.edits import DenseClamp
 from concept_unlearn.errors import InvalidConfig, InvalidData, MissingExtra
 from concept_unlearn.evaluation.harness import MODEL, Harness, changes, main, register
@@ -99,12 +99,12 @@ def tiny(workplace):
 @pytest.fixture
 def patches(tiny):
     """One of each kind, and one whose gate decides on the prompt."""
-    feature = partial(FeaturePatch, dictionary=make_perfect_sae(), features=[1, 3], edit=DenseClamp(to=-4.0))
+    feature = partial(FeaturePatch, dictionary=make_perfect_sae(), edit=DenseClamp(to=-4.0))
     change = torch.randn(D_MODEL, 32, generator=torch.Generator().manual_seed(0))
     return {
-        "feature": feature(),
+        "feature": feature(features=[1, 3]),
         "weight": WeightPatch({"model.layers.1.mlp.down_proj.weight": Dense(change)}),
-        "gated": feature(gate=SequenceGate(above=0.6)),
+        "gated": feature(features=[1], gate=SequenceGate(above=0.5)),
     }
 
 
@@ -172,12 +172,16 @@ def test_a_reply_scores_what_one_uncached_pass_gives(tiny, harness, rows, patche
 def test_running_text_is_what_one_pass_over_each_text_gives(tiny, harness, rows, patches, batch_size):
     asked = Harness(tasks=("tiny_text",), include_path=harness.include_path, batch_size=batch_size)
     tiny.tokenizer.bos_token = "w47"  # not what batches are padded with
-    expected = []
+    texts = [
+        torch.tensor([tiny.tokenizer.bos_token_id, *tiny.encode(row["question"], chat=False)]) for row in rows
+    ]  # fmt: skip
+
+    def alone(ids):
+        return float(tiny.logits(ids[None, :-1])[0].log_softmax(-1).gather(-1, ids[1:, None]).sum())
+
     with patches["gated"].on(tiny):
-        for row in rows:
-            ids = torch.tensor([tiny.tokenizer.bos_token_id, *tiny.encode(row["question"], chat=False)])
-            logprobs = tiny.logits(ids[None, :-1])[0].log_softmax(-1)
-            expected.append(float(logprobs.gather(-1, ids[1:, None]).sum()))
+        expected = [alone(ids) for ids in texts]
+    assert 2 < sum(a != alone(ids) for a, ids in zip(expected, texts, strict=True)) < 14  # the gate tells texts apart
     found = [s["word_perplexity"][0] for s in asked(tiny, patches["gated"])["samples"]["tiny_text"]]
     assert found == pytest.approx(expected, abs=1e-4)
 
@@ -375,7 +379,7 @@ class TestShell:
         return result
 
     def test_compares_patches_with_the_model(self, tiny, workplace, folder, patches, tmp_path, monkeypatch):
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(console, "_width", 200)
         for place, kind in (("a", "feature"), ("b", "weight")):
             patches[kind].save(tmp_path / place / "patch", tiny)
         out = self.shell(

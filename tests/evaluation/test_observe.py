@@ -207,12 +207,11 @@ class TestReplies:
                 n = sets[name].reply_tokens(probe)
                 assert n == (5 if name == "retain" else 4 if probe.chat else 3)
                 (ids,) = lm.generate_ids([prompt_of(probe)], max_new_tokens=n)
-                text = lm.tokenizer.decode(ids, skip_special_tokens=True)
-                kept = text.partition("w21")[0] if name == "retain" else text
-                stopped += kept != text
-                assert said == Reply(tuple(ids), kept.strip())
+                kept = ids[: ids.index(21)] if name == "retain" and 21 in ids else ids
+                stopped += kept != ids
+                assert said == Reply(tuple(kept), lm.tokenizer.decode(kept, skip_special_tokens=True).strip())
         assert stopped
-        assert view.seen["written_tokens"] == sum(len(s.ids) for seen in view.sets.values() for s in seen.said)
+        assert view.seen["written_tokens"] > sum(len(s.ids) for seen in view.sets.values() for s in seen.said)
 
     def test_come_from_probes_only(self, lm):
         with pytest.raises(InvalidData, match="set 'text' holds passages, which nobody can reply to"):

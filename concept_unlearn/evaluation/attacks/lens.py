@@ -43,6 +43,7 @@ class LensPatch(Patch):
     strength: float = 1.0
     origin: Origin | None = None
     kind = "lens"
+    access = "activations"
 
     def __post_init__(self) -> None:
         check_strength(self.strength)

@@ -58,6 +58,7 @@ class RoundedPatch(Patch):
     strength: float = 1.0
     origin: Origin | None = None
     kind = "rounded"
+    access = "weights"
 
     def __post_init__(self) -> None:
         check_strength(self.strength)

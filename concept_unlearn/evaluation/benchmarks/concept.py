@@ -40,7 +40,8 @@ class ConceptBenchmark(Benchmark):
     """Of each passage."""
 
     def __init__(self, scope: Scope | str, **settings: Any) -> None:
-        super().__init__(scope=Scope.load(scope) if isinstance(scope, str) else scope, **settings)
+        loaded = Scope.load(scope) if isinstance(scope, str) else scope
+        super().__init__(scope=loaded, **settings)  # type: ignore[call-arg]
         if not any(name in self.sets for name in IN_SCOPE):
             raise EmptyData(
                 f"scope {self.scope.name!r} has no in_easy or in_hard probe: forgetting could not be told from nothing"
@@ -77,8 +78,8 @@ class ConceptBenchmark(Benchmark):
             if name in self.sets:
                 found += [Perplexity(on=name), Touched(on=name)]
         for name, parts in (("in_scope", IN_SCOPE), ("out_of_scope", OUT_OF_SCOPE)):
-            if parts := tuple(part for part in parts if part in self.sets):
-                found.append(Gibberish(on=name, sets=parts))
+            if asked := tuple(part for part in parts if part in self.sets):
+                found.append(Gibberish(on=name, sets=asked))
         return tuple(found)
 
     @property
@@ -106,22 +107,18 @@ def _with_distractors(probe: Probe, probes: tuple[Probe, ...]) -> Probe:
     return probe.model_copy(update={"distractors": tuple(others)[:_BORROWED_DISTRACTORS]})
 
 
-def _line(section: str, label: str, metric: str, kind: str, wanted: str, column: str | None = None) -> Line:
-    return Line(section=section, label=label, metric=metric, kind=kind, wanted=wanted, column=column)  # type: ignore[arg-type]
-
-
 _LINES = (
-    _line("Forgotten", "answers right, questions about the concept", "in_easy/generated_accuracy", "percent", "low", "easy"),
-    _line("Forgotten", "… reworded, indirect, other formats", "in_hard/generated_accuracy", "percent", "low", "hard"),
-    _line("Forgotten", "picks the right answer from a list", "in_easy/ranked_accuracy", "percent", "low"),
-    _line("Forgotten", "perplexity on text about the concept", "forget/perplexity", "factor", "high"),
-    _line("Kept", "answers right, neighbouring knowledge", "out_near/generated_accuracy", "percent", "as before", "near"),
-    _line("Kept", "answers right, general knowledge", "out_far/generated_accuracy", "percent", "as before", "far"),
-    _line("Kept", "perplexity on general text", "general/perplexity", "factor", "as before", "perplexity"),
-    _line("Side effects", "gibberish answers about the concept", "in_scope/gibberish", "percent", "as before", "gibberish"),
-    _line("Side effects", "gibberish answers elsewhere", "out_of_scope/gibberish", "percent", "as before"),
-    _line("Side effects", "questions about the concept the patch touches", "in_easy/touched", "percent", "high"),
-    _line("Side effects", "… reworded, indirect, other formats", "in_hard/touched", "percent", "high"),
-    _line("Side effects", "neighbouring questions the patch touches", "out_near/touched", "percent", "low"),
-    _line("Side effects", "general questions the patch touches", "out_far/touched", "percent", "low"),
+    Line.of("Forgotten", "answers right, questions about the concept", "in_easy/generated_accuracy", "low", "easy"),
+    Line.of("Forgotten", "… reworded, indirect, other formats", "in_hard/generated_accuracy", "low", "hard"),
+    Line.of("Forgotten", "picks the right answer from a list", "in_easy/ranked_accuracy", "low"),
+    Line.of("Forgotten", "perplexity on text about the concept", "forget/perplexity", "high", kind="factor"),
+    Line.of("Kept", "answers right, neighbouring knowledge", "out_near/generated_accuracy", "as before", "near"),
+    Line.of("Kept", "answers right, general knowledge", "out_far/generated_accuracy", "as before", "far"),
+    Line.of("Kept", "perplexity on general text", "general/perplexity", "as before", "perplexity", kind="factor"),
+    Line.of("Side effects", "gibberish answers about the concept", "in_scope/gibberish", "as before", "gibberish"),
+    Line.of("Side effects", "gibberish answers elsewhere", "out_of_scope/gibberish", "as before"),
+    Line.of("Side effects", "questions about the concept the patch touches", "in_easy/touched", "high"),
+    Line.of("Side effects", "… reworded, indirect, other formats", "in_hard/touched", "high"),
+    Line.of("Side effects", "neighbouring questions the patch touches", "out_near/touched", "low"),
+    Line.of("Side effects", "general questions the patch touches", "out_far/touched", "low"),
 )  # fmt: skip

@@ -159,9 +159,9 @@ def _check_apart(asked: Mapping[str, tuple[Probe, ...]]) -> None:
 
 
 _LINES = (
-    Line.of("Forgotten", "share of the answer it says by itself", "forget/extraction_strength", "low", "extraction"),
+    Line.of("Forgotten", "share of answers to forget it says by itself", "forget/extraction_strength", "low", "extraction"),
     Line.of("Forgotten", "… to a reworded question", f"{_REWORDED}/extraction_strength", "low"),
-    Line.of("Forgotten", "words of the answer that it writes", "forget/rouge", "low", "ROUGE"),
+    Line.of("Forgotten", "words of answers to forget that it writes", "forget/rouge", "low", "ROUGE"),
     Line.of("Forgotten", "how likely it finds the answer", "forget/probability", "low", "probability"),
     Line.of("Forgotten", "tokens of the answer it would choose", "forget/exact_memorisation", "low"),
     Line.of("Forgotten", "wrong answers as likely as right ones", "forget/truth_ratio", "high", kind="number"),
@@ -169,8 +169,8 @@ _LINES = (
     Line.of("Privacy", "tells what it was trained on (AUC)", "forget/membership_auc", "as retrained", kind="number"),
     Line.of("Privacy", "leakage beside the retrained model, %", "forget/priv_leak", "0", "PrivLeak", "number"),
     Line.of("Kept", "model utility (harmonic mean of nine)", "retain/model_utility", "as before", "utility"),
-    Line.of("Kept", "share of the answer it says by itself", "retain/extraction_strength", "as before", "kept"),
-    Line.of("Kept", "words of the answer it writes, other authors", "retain/rouge", "as before"),
+    Line.of("Kept", "share of retained answers it says by itself", "retain/extraction_strength", "as before", "kept"),
+    Line.of("Kept", "words of retained answers that it writes", "retain/rouge", "as before"),
     Line.of("Kept", "… real authors", "real_authors/rouge", "as before"),
     Line.of("Kept", "… world facts", "world_facts/rouge", "as before"),
     Line.of("Side effects", "gibberish answers, authors to forget", "forget/gibberish", "as before", "gibberish"),

@@ -125,7 +125,7 @@ def test_what_it_keeps_and_what_leaks_are_among_its_metrics(scope):
     assert benchmark.metric(benchmark.keeps.name) == benchmark.keeps
     assert [benchmark.metric(m.name) for m in benchmark.leaks] == list(benchmark.leaks)
     assert {line.metric for line in benchmark.lines} <= {m.name for m in benchmark.metrics}
-    with pytest.raises(UnknownName, match="known: .*general/perplexity"):
+    with pytest.raises(UnknownName, match=r"known: .*general/perplexity"):
         benchmark.metric("general/perplexty")
 
 
