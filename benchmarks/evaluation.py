@@ -21,7 +21,7 @@ import torch
 from concept_unlearn import LM, TOFU, Metric, ModelUtility, View
 from concept_unlearn.data.encode import encode_answer, end_of_answer, pad
 from concept_unlearn.evaluation.benchmark import reads_of
-from concept_unlearn.evaluation.observe import encode_probe
+from concept_unlearn.evaluation.question import encode_probe
 from concept_unlearn.evaluation.view import SCORED, Asked, Reply, Seen, Tokens
 
 

@@ -18,7 +18,7 @@ from .evaluation.attacks import Attack, Outcome, attack
 from .evaluation.benchmark import Benchmark
 from .evaluation.cost import Cost, measure_cost
 from .evaluation.meter import Meter
-from .evaluation.observe import digest_of, encode_probe
+from .evaluation.question import encode_probe
 from .evaluation.view import View
 from .lm import LM
 from .patches import Patch
@@ -126,8 +126,8 @@ class Comparison:
         return Report(
             model=self.lm.name, fingerprint=self.lm.fingerprint, benchmark=benchmark.name, spec=benchmark.spec(),
             digest=benchmark.digest, lines=benchmark.lines, leaks=tuple(m.name for m in benchmark.leaks),
-            keeps=benchmark.keeps.name, questions=questions, base=self.base, retrained=self.retrained, entries=tuple(entries),
-            provenance=dict(provenance or {}),
+            keeps=benchmark.keeps.name, questions=questions, base=self.base, retrained=self.retrained,
+            entries=tuple(entries), provenance=dict(provenance or {}),
         )  # fmt: skip
 
     @cached_property
@@ -167,7 +167,7 @@ class Comparison:
         """Another for everything that decides what is observed."""
         if self.folder is None:
             return None
-        what = [lm.fingerprint, str(lm.dtype), None if patch is None else digest_of(patch), self.benchmark.digest]
+        what = [lm.fingerprint, str(lm.dtype), None if patch is None else patch.digest, self.benchmark.digest]
         key = hashlib.sha256(json.dumps([*what, self.benchmark.spec()], default=str).encode()).hexdigest()[:8]
         return self.folder / "records" / f"{''.join(c if c.isalnum() or c in '-_.' else '-' for c in name)}-{key}"
 

@@ -86,6 +86,8 @@ class Probe(Frozen):
             raise ValueError(f"{both[0]!r} is both a paraphrase of the answer and a distractor")
         if odd := set(self.options) ^ {*self.answers, *self.distractors} if self.options else set():
             raise ValueError(f"options are the answers and distractors in order; {min(odd)!r} is in only one of them")
+        if self.history and not self.chat:
+            raise ValueError("a history goes before a message: set chat, or write it into the prompt")
         if len(self.history) % 2:
             raise ValueError("a history ends with a reply: it has an even number of messages")
         return self

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 
 from ..component import Frozen
-from ..errors import InvalidConfig, MissingExtra
+from ..errors import InvalidConfig, InvalidData, MissingExtra
 from ..lm import LM
 from ..patches import Patch
 
@@ -91,7 +91,7 @@ class Harness(Frozen):
         tracker = EvaluationTracker(output_path=None if folder is None else str(folder))
         model = PatchedHFLM(lm, patch, batch_size=self.batch_size)
         names, manager = self.names, self.manager
-        with _randomness_kept(lm.device):
+        with _randomness_kept(lm.device), _data_within_reach():
             results: Results | None = simple_evaluate(
                 model=model, model_args={"pretrained": lm.name} | dict(about or {}), tasks=names, task_manager=manager,
                 limit=self.limit, num_fewshot=self.num_fewshot, batch_size=self.batch_size,
@@ -178,6 +178,16 @@ def _randomness_kept(device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(state)
             np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def _data_within_reach() -> Iterator[None]:
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        yield
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise InvalidData(f"the data of a task cannot be had: {error}") from error
 
 
 def _paired(before: Results, after: Results, task: str, metric: str, how: str) -> list[float]:

@@ -13,12 +13,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from ..activations.processes import Processes
-from ..data.encode import encode_answer, encode_question, encode_text, end_of_answer
+from ..data.encode import encode_text, end_of_answer
 from ..data.examples import Passage, Probe
 from ..errors import InvalidData
 from ..lm import LM, Scored
@@ -26,6 +24,7 @@ from ..lm.score import answer_batches, text_batches
 from ..patches import Patch
 from ..tracking import Progress
 from .gradnorm import gradnorm
+from .question import Question, encode_probe, encode_reply
 from .records import Found, Key, Records
 from .view import SCORED, Asked, Read, Reply, Seen, Tokens, View
 
@@ -65,28 +64,6 @@ def observe(
     }
     counts = dict(zip(work.counts, map(sum, zip(*here.gather(list(work.counts.values())), strict=True)), strict=True))
     return View(lm.name, seen, seconds=time.perf_counter() - start, seen=counts)
-
-
-class Question(NamedTuple):
-    """A probe as token ids."""
-
-    prompt: list[int]
-    is_reply: bool
-    """True: answers are a message of their own and end with an end token. False: they continue the prompt."""
-
-
-def encode_probe(lm: LM, probe: Probe) -> Question:
-    if not probe.chat:
-        prompt = f"{probe.prompt} {probe.opening}".strip() if probe.opening else probe.prompt
-        return Question(lm.encode(prompt, chat=False), False)
-    prompt_ids = encode_question(lm.tokenizer, probe.prompt, history=probe.history)
-    opening = encode_answer(lm.tokenizer, probe.opening, after_space=False) if probe.opening else []
-    return Question(prompt_ids + opening, True)
-
-
-def encode_reply(lm: LM, probe: Probe, text: str) -> list[int]:
-    """An answer or distractor of a probe, open at the end, as it follows what ``encode_probe`` gives."""
-    return encode_answer(lm.tokenizer, text, after_space=not probe.chat or bool(probe.opening))
 
 
 class _Work:
@@ -311,16 +288,7 @@ def _what(lm: LM, patch: Patch | None, judge: LM | None, sets: Mapping[str, Aske
         "tokenizer": hashlib.sha256(json.dumps(split).encode()).hexdigest()[:16],
         "ends": sorted(lm.end_ids),
         "context": lm.context,
-        "patch": None if patch is None else digest_of(patch),
+        "patch": None if patch is None else patch.digest,
         "judge": (judge or lm).fingerprint,
         "asked": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
     }
-
-
-def digest_of(patch: Patch) -> str:
-    """Changes with everything that a patch does."""
-    found = hashlib.sha256(json.dumps([patch.kind, patch.spec()], sort_keys=True).encode())
-    for name, tensor in sorted(patch.tensors().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -9,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from ..errors import InvalidConfig
@@ -75,6 +78,15 @@ class Patch(ABC):
         from .io import push_to_hub
 
         return push_to_hub(self, repo_id, private=private)
+
+    @property
+    def digest(self) -> str:
+        """Changes with everything that the patch does."""
+        found = hashlib.sha256(json.dumps([self.kind, self.spec()], sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors().items()):
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return found.hexdigest()[:16]
 
     @property
     def n_bytes(self) -> int:

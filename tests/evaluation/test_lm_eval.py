@@ -305,6 +305,13 @@ class TestAsked:
         with pytest.raises(InvalidConfig, match="no folder of tasks nowhere"):
             _ = Harness(tasks=("tiny_choice",), include_path="nowhere").names
 
+    def test_data_out_of_reach_are_told_of(self, tiny, tmp_path, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        task = {"task": "far", "dataset_path": "nobody/nothing", "test_split": "test", "output_type": "generate_until"}
+        (tmp_path / "far.yaml").write_text(yaml.safe_dump(task | {"doc_to_text": "a", "doc_to_target": "b"}))
+        with pytest.raises(InvalidData, match=r"data of a task cannot be had: .*nobody/nothing"):
+            Harness(tasks=("far",), include_path=tmp_path)(tiny)
+
     def test_a_batch_size_may_be_found_out(self, tiny, folder, patches, capsys):
         asked = Harness(tasks=("tiny_choice", "tiny_text"), include_path=folder, batch_size="auto", limit=4)
         sized = Harness(**asked.model_dump() | {"batch_size": 4})

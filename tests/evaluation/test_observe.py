@@ -15,7 +15,8 @@ from concept_unlearn.data.examples import Passage, Probe
 from concept_unlearn.edits import DenseClamp
 from concept_unlearn.errors import InvalidConfig, InvalidData
 from concept_unlearn.evaluation.benchmark import passes
-from concept_unlearn.evaluation.observe import digest_of, encode_probe, observe
+from concept_unlearn.evaluation.observe import observe
+from concept_unlearn.evaluation.question import encode_probe
 from concept_unlearn.evaluation.records import Key, Records
 from concept_unlearn.evaluation.view import SCORED, Asked, Reply, Tokens
 from concept_unlearn.lm import LM
@@ -434,6 +435,6 @@ def test_a_digest_changes_with_everything_that_a_patch_does():
     weight, feature = tiny_weight_patch(), feature_patch()
     other = FeaturePatch(dictionary=make_perfect_sae(), features=[1, 4], edit=DenseClamp(to=-4.0))
     stronger = FeaturePatch(dictionary=make_perfect_sae(), features=[1, 3], edit=DenseClamp(to=-5.0))
-    found = [digest_of(p) for p in (weight, weight.at(0.5), feature, other, stronger, Stack((weight, feature)))]
+    found = [p.digest for p in (weight, weight.at(0.5), feature, other, stronger, Stack((weight, feature)))]
     assert len(set(found)) == len(found)
-    assert digest_of(feature_patch()) == digest_of(feature)
+    assert feature_patch().digest == feature.digest

@@ -26,7 +26,7 @@ from ...tracking import Progress
 from ..benchmark import Benchmark
 from ..measured import Measured
 from ..metric import Metric
-from ..observe import encode_probe, encode_reply
+from ..question import encode_probe, encode_reply
 from ..view import Asked
 
 Access = Literal["prompts", "activations", "weights"]

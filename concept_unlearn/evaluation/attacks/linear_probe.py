@@ -18,7 +18,7 @@ from ...errors import EmptyData
 from ...features.probe import Views, fit_probe
 from ...lm import LM, Site
 from ..measured import mean_of
-from ..observe import encode_probe, encode_reply
+from ..question import encode_probe, encode_reply
 from .base import Access, Attack, Outcome, Victim
 from .lens import layers
 

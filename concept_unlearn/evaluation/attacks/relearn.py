@@ -23,7 +23,6 @@ from ...patches import Patch, WeightPatch
 from ...training.loop import Probe as Look
 from ...training.sharded import is_sharded
 from ..metric import Metric
-from ..observe import digest_of
 from ..view import Asked
 from .base import Access, Attack, Outcome, Victim, Way, upon
 
@@ -75,7 +74,7 @@ class Relearn(Attack):
         lm, patch, folder = victim.lm, victim.patch, victim.folder
         _ = lm.fingerprint  # it is remembered, so it must be taken of the model as it is
         if folder is not None:  # weights under an activation patch do not tell one victim from another
-            folder = folder / f"training-{'none' if patch is None else digest_of(patch)}"
+            folder = folder / f"training-{'none' if patch is None else patch.digest}"
         scope = _taught(victim.scope, self.passages(victim.scope), self.data)
         with patch.on(lm) if patch is not None else contextlib.nullcontext():
             change: WeightPatch = self._lesson().fit(

@@ -25,7 +25,6 @@ from ...lm import LM
 from ...patches import Patch
 from ...tracking import Progress
 from ..benchmark import Benchmark
-from ..observe import digest_of
 from .base import Attack, Outcome, Victim
 
 CANNOT = (InvalidData, InvalidConfig, MissingExtra, NonFinite, Diverged, NotExact, SiteNotFound)
@@ -76,7 +75,7 @@ def _key(lm: LM, patch: Patch | None, benchmark: Benchmark, scope: Scope, one: A
     what = {
         "model": lm.fingerprint,
         "dtype": str(lm.dtype),
-        "patch": None if patch is None else digest_of(patch),
+        "patch": None if patch is None else patch.digest,
         "asked": benchmark.digest,
         "leaks": [leak.spec() for leak in benchmark.leaks],
         "scope": [[p.model_dump(mode="json") for p in getattr(scope, part)] for part in PASSAGES],

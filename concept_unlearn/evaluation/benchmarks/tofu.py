@@ -159,7 +159,7 @@ def _check_apart(asked: Mapping[str, tuple[Probe, ...]]) -> None:
 
 
 _LINES = (
-    Line.of("Forgotten", "share of answers to forget it says by itself", "forget/extraction_strength", "low", "extraction"),
+    Line.of("Forgotten", "share of answers to forget that it says", "forget/extraction_strength", "low", "extraction"),
     Line.of("Forgotten", "… to a reworded question", f"{_REWORDED}/extraction_strength", "low"),
     Line.of("Forgotten", "words of answers to forget that it writes", "forget/rouge", "low", "ROUGE"),
     Line.of("Forgotten", "how likely it finds the answer", "forget/probability", "low", "probability"),
@@ -169,7 +169,7 @@ _LINES = (
     Line.of("Privacy", "tells what it was trained on (AUC)", "forget/membership_auc", "as retrained", kind="number"),
     Line.of("Privacy", "leakage beside the retrained model, %", "forget/priv_leak", "0", "PrivLeak", "number"),
     Line.of("Kept", "model utility (harmonic mean of nine)", "retain/model_utility", "as before", "utility"),
-    Line.of("Kept", "share of retained answers it says by itself", "retain/extraction_strength", "as before", "kept"),
+    Line.of("Kept", "share of retained answers that it says", "retain/extraction_strength", "as before", "kept"),
     Line.of("Kept", "words of retained answers that it writes", "retain/rouge", "as before"),
     Line.of("Kept", "… real authors", "real_authors/rouge", "as before"),
     Line.of("Kept", "… world facts", "world_facts/rouge", "as before"),

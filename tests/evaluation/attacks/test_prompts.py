@@ -25,7 +25,7 @@ from concept_unlearn.evaluation.attacks import (
     Translate,
 )
 from concept_unlearn.evaluation.attacks.rewrite import written
-from concept_unlearn.evaluation.observe import encode_probe, encode_reply
+from concept_unlearn.evaluation.question import encode_probe, encode_reply
 from concept_unlearn.gates import ProbeGate, SequenceGate, StreamingGate
 from concept_unlearn.lm import LM, Site
 from concept_unlearn.lm.locate import root

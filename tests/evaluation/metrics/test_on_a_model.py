@@ -19,7 +19,8 @@ from concept_unlearn.evaluation.metrics import (
     Rouge,
     membership_scores,
 )
-from concept_unlearn.evaluation.observe import encode_probe, observe
+from concept_unlearn.evaluation.observe import observe
+from concept_unlearn.evaluation.question import encode_probe
 from concept_unlearn.evaluation.view import Asked, View
 
 
