@@ -55,6 +55,7 @@ from .evaluation.attacks import Prefill as Prefill
 from .evaluation.attacks import Quantise as Quantise
 from .evaluation.attacks import Relearn as Relearn
 from .evaluation.attacks import RolePlay as RolePlay
+from .evaluation.attacks import SwitchOff as SwitchOff
 from .evaluation.attacks import Translate as Translate
 from .evaluation.attacks import attack as attack
 from .evaluation.benchmark import Benchmark as Benchmark

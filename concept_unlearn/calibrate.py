@@ -188,7 +188,7 @@ def calibrate(
         texts = [p.text for p in scope.forget[:_CANARIES]]
     else:
         utility = RetainedMetric(lm, scope, metric=metric, keep=0.95 if keep is None else keep, progress=progress)
-        texts = []
+        texts = [p.text for p in scope.request.forget[:_CANARIES]] if scope.request else []
     found = strongest(utility, patch, grid=grid, tolerance=tolerance)
     return patch.at(found.strength).met(lm, texts)
 
@@ -216,6 +216,8 @@ def find_strength(
     """
     if grid < 2:
         raise InvalidConfig(f"a grid has at least 2 strengths, 0 and 1; given: {grid}")
+    if not tolerance > 0:
+        raise InvalidConfig(f"tolerance is a width of strengths, above 0; given: {tolerance}")
     curve: dict[float, float] = {}
 
     def feasible(strength: float) -> bool:

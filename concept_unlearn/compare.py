@@ -119,9 +119,9 @@ class Comparison:
                 Question(prompt=e.prompt, answers=e.answers, chat=e.chat)
                 if isinstance(e, Probe)
                 else Question(prompt=e.prompt or "", answers=(e.text,))
-                for e in benchmark.sets[name].examples
+                for e in seen.examples
             )
-            for name in self._base_view.sets
+            for name, seen in self._base_view.sets.items()
         }
         return Report(
             model=self.lm.name, fingerprint=self.lm.fingerprint, benchmark=benchmark.name, spec=benchmark.spec(),
@@ -167,7 +167,8 @@ class Comparison:
         """Another for everything that decides what is observed."""
         if self.folder is None:
             return None
-        what = [lm.fingerprint, str(lm.dtype), None if patch is None else patch.digest, self.benchmark.digest]
+        models = [lm.fingerprint, str(lm.dtype), self.lm.fingerprint]  # the last judges what the first writes
+        what = [*models, None if patch is None else patch.digest, self.benchmark.digest]
         key = hashlib.sha256(json.dumps([*what, self.benchmark.spec()], default=str).encode()).hexdigest()[:8]
         return self.folder / "records" / f"{''.join(c if c.isalnum() or c in '-_.' else '-' for c in name)}-{key}"
 
@@ -179,7 +180,9 @@ class Comparison:
             else encode_text(self.lm.tokenizer, e.text, e.prompt)
             for e in asked
         ]
-        cost = measure_cost(self.lm, patch, texts).model_copy(update={"access": patch.access})
+        cost = measure_cost(self.lm, patch, [ids[: self.lm.context] for ids in texts]).model_copy(
+            update={"access": patch.access}
+        )
         if fit is None:
             return cost
         return cost.model_copy(

@@ -7,6 +7,7 @@ have given. A stage is known by everything that can change it.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -17,11 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
-from pydantic import Field, PlainSerializer, field_validator
+from pydantic import Field, PlainSerializer, field_validator, model_validator
 
+from .activations.processes import Processes
 from .calibrate import RetainedMetric, RetainedUtility, find_strength
 from .compare import Comparison
 from .component import Frozen, build
@@ -33,14 +35,17 @@ from .evaluation.benchmark import Benchmark
 from .evaluation.benchmarks import ConceptBenchmark
 from .evaluation.meter import Meter, metered
 from .files import write_atomically
+from .lm import LM
 from .methods import Method, Study
-from .patches import load_patch
+from .patches import Patch, load_patch
 from .report import Entry, Report
 from .tracking import Tracker, silent
 
 T = TypeVar("T", bound=Frozen)
 
 _CANARIES = 6
+_KEY = 12
+"""Digits of a stage's key."""
 
 
 class CalibrationSpec(Frozen):
@@ -107,6 +112,21 @@ class Run(Frozen):
         named = isinstance(value, str) or (isinstance(value, dict) and "kind" in value)
         return Benchmark.parse(value) if named else build(BenchmarkSpec, value) if isinstance(value, dict) else value
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.name in self.compare:
+            raise InvalidConfig(
+                f"two methods are called {self.name!r}: give the run another name, or that one in compare"
+            )
+        if odd := [name for name in (self.name, *self.compare) if "/" in name]:
+            raise InvalidConfig(f"a method's name is a folder's, without a '/'; given: {odd[0]!r}")
+        spec = self.calibration
+        if spec and spec.metric and not spec.benchmark and isinstance(self.benchmark, BenchmarkSpec):
+            raise InvalidConfig(
+                f"calibration.metric ({spec.metric}) goes with a benchmark; a scope is kept by its probes and passages"
+            )
+        return self
+
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """A YAML file with ``key.inner=value`` overrides. Raises InvalidConfig or UnknownName."""
@@ -133,14 +153,15 @@ class Calibrated(Frozen):
 
 class _Execution:
     def __init__(self, run: Run, tracker: Tracker) -> None:
-        self.run, self.track = run, tracker
+        self.run, self.track, self.here = run, tracker, Processes.here()
         self.lm = run.model.load()
         if isinstance(run.benchmark, BenchmarkSpec):
             if run.scope is None:
                 raise InvalidConfig("a run has a scope, or a benchmark that holds what is to be forgotten")
             self.scope = Scope.load(run.scope)
-            self.learned, test = self.scope.halves()
-            self.benchmark: Benchmark = ConceptBenchmark(test, **run.benchmark.model_dump())
+            self.learned = self.scope.halves().tune
+            settings = {"scope": self.scope, "half": "test", **run.benchmark.model_dump()}
+            self.benchmark: Benchmark = build(ConceptBenchmark, settings)
         else:
             self.benchmark = run.benchmark
             found = self.benchmark.request if run.scope is None else Scope.load(run.scope)
@@ -152,12 +173,13 @@ class _Execution:
 
     def report(self) -> Report:
         start, run = time.perf_counter(), self.run
-        write_atomically(
-            run.output / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).encode()
-        )
+        if self.here.rank == 0:
+            config = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+            write_atomically(run.output / "config.yaml", config.encode())
         entries = [self._entry(*job) for job in self._jobs()]
         report = self.comparison.report(entries, self._provenance(time.perf_counter() - start))
-        report.save(run.output)
+        if self.here.rank == 0:
+            report.save(run.output)
         return report
 
     @cached_property
@@ -165,8 +187,12 @@ class _Execution:
         run = self.run
         return Comparison(
             self.lm, self.benchmark, attacks=run.attacks, scope=self.learned, folder=run.output, tracker=self.track,
-            retrained=None if run.retrained is None else run.retrained.load(),
+            retrained=self.retrained,
         )  # fmt: skip
+
+    @cached_property
+    def retrained(self) -> LM | None:
+        return None if self.run.retrained is None else self.run.retrained.load()
 
     @cached_property
     def study(self) -> Study:
@@ -194,44 +220,57 @@ class _Execution:
         folder = self.run.output / ("patch" if full == self.run.name else f"patches/{full}")
         spec = self.run.calibration
         what: dict[str, Any] = {"method": method.spec()}
-        fitted = self._stage(f"fit-{full}", Fitted, what, lambda: self._fit(full, method, folder), needs=folder)
+        fitted = self._stage(
+            f"fit-{full}", Fitted, what, lambda: self._fit(full, method, folder), lambda _: folder.is_dir()
+        )
+        patch = load_patch(folder)
         what |= {
             "calibration": spec and spec.model_dump(mode="json"),
             "on": spec and (spec.benchmark or self.benchmark).digest,
         }
-        calibrated = self._stage(f"strength-{full}", Calibrated, what, lambda: self._calibrate(full, folder))
+        calibrated = self._stage(f"strength-{full}", Calibrated, what, lambda: self._calibrate(full, patch.at(1.0)))
+        if patch.strength != calibrated.strength:
+            patch = self._save(patch.at(calibrated.strength), folder)
         what |= {
             "benchmark": [self.benchmark.spec(), self.benchmark.digest],
             "attacks": {n: a.spec() for n, a in self.run.attacks.items()},
-            "retrained": self.run.retrained and self.run.retrained.model_dump(),
+            "retrained": None if self.retrained is None else [self.retrained.fingerprint, str(self.retrained.dtype)],
         }
 
         def observe() -> Entry:
-            patch = load_patch(folder).at(calibrated.strength)
             return self.comparison.entry(
                 name, patch, about=_about(method), seed=seed, curve=calibrated.curve, fit=Meter(**fitted.fit)  # type: ignore[arg-type]
             )  # fmt: skip
 
-        return self._stage(f"entry-{full}", Entry, what, observe)
+        return self._stage(f"entry-{full}", Entry, what, observe, _is_whole)
 
     def _fit(self, name: str, method: Method, folder: Path) -> Fitted:
         study, work = self.study, self.run.output / "work" / name
         with self.track(f"make {name}", None) as progress, metered(self.lm) as meter:
             study.progress, study.folder = progress, work
             patch = method.fit(study)
-        patch.met(self.lm, [p.text for p in self.learned.forget[:_CANARIES]]).save(folder)
-        shutil.rmtree(work, ignore_errors=True)
+        if self.here.rank == 0:  # the folder no longer holds what a former config put there
+            for stale in self.stages.glob(f"fit-{glob.escape(name)}-{'[0-9a-f]' * _KEY}.json"):
+                stale.unlink()
+        self._save(patch, folder)
+        if self.here.rank == 0:
+            shutil.rmtree(work, ignore_errors=True)
         return Fitted(fit=asdict(meter))
 
-    def _calibrate(self, name: str, folder: Path) -> Calibrated:
-        """The patch in its folder is the calibrated one afterwards."""
-        patch, spec = load_patch(folder), self.run.calibration
+    def _save(self, patch: Patch, folder: Path) -> Patch:
+        met = patch.met(self.lm, [p.text for p in self.learned.forget[:_CANARIES]])
+        if self.here.rank == 0:
+            met.save(folder)
+        self.here.wait()
+        return met
+
+    def _calibrate(self, name: str, made: Patch) -> Calibrated:
+        spec = self.run.calibration
         if spec is None:
-            return Calibrated(strength=patch.strength)
-        made, utility = patch.at(1.0), self.utility
+            return Calibrated(strength=1.0)
+        utility = self.utility
         with self.track(f"calibrate {name}", None) as utility.progress:
             found = find_strength(lambda s: utility(made.at(s)), grid=spec.grid, tolerance=spec.tolerance)
-        made.at(found.strength).met(self.lm, [p.text for p in self.learned.forget[:_CANARIES]]).save(folder)
         return Calibrated(strength=found.strength, curve=found.curve)
 
     @cached_property
@@ -249,21 +288,23 @@ class _Execution:
                 keep=0.95 if spec.keep is None else spec.keep, progress=progress,
             )  # fmt: skip
 
-    def _stage(self, name: str, kind: type[T], what: Any, make: Callable[[], T], needs: Path | None = None) -> T:
-        """``make()``, or what it made when the same was asked before, if what it ``needs`` is still there."""
+    def _stage(
+        self, name: str, kind: type[T], what: Any, make: Callable[[], T], holds: Callable[[T], bool] = lambda _: True
+    ) -> T:
+        """``make()``, or what it made when the same was asked before, if that still ``holds``."""
         key = json.dumps(
-            [name, what, self.lm.fingerprint, str(self.lm.dtype), self._scope_hash, _version()], sort_keys=True
+            [name, what, self.lm.fingerprint, str(self.lm.dtype), _hash(self.learned), _version()], sort_keys=True
         )
-        path = self.stages / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
-        if path.is_file() and (needs is None or needs.is_dir()):
-            return kind.model_validate_json(path.read_bytes())
-        made = make()
-        write_atomically(path, made.model_dump_json().encode())
-        return made
-
-    @cached_property
-    def _scope_hash(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self.scope), default=lambda e: e.model_dump()).encode()).hexdigest()
+        path = self.stages / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:_KEY]}.json"
+        found = kind.model_validate_json(path.read_bytes()) if path.is_file() else None
+        if found is not None and not holds(found):
+            found = None
+        self.here.wait()  # nobody writes before all have looked
+        if found is None:
+            found = make()
+            if self.here.rank == 0:
+                write_atomically(path, found.model_dump_json().encode())
+        return found
 
     def _provenance(self, seconds: float) -> dict[str, Any]:
         packages = ("concept-unlearn", "torch", "transformers", "sae-lens", "transformer-lens")
@@ -275,11 +316,20 @@ class _Execution:
                 "dtype": str(self.lm.dtype).removeprefix("torch."),
             },
             "device": str(self.lm.device),
-            "scope_sha256": self._scope_hash,
+            "scope_sha256": _hash(self.scope),
             "examples": {name: len(asked.examples) for name, asked in self.benchmark.sets.items()},
             "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
             "seconds": round(seconds, 1),
         }
+
+
+def _hash(scope: Scope) -> str:
+    return hashlib.sha256(json.dumps(asdict(scope), default=lambda e: e.model_dump()).encode()).hexdigest()
+
+
+def _is_whole(entry: Entry) -> bool:
+    """Attacks that could not be tried are tried again."""
+    return not any(outcome.skipped for outcome in entry.attacks.values())
 
 
 def _about(method: Method) -> str:

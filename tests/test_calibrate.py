@@ -56,6 +56,11 @@ def test_a_grid_needs_two_points():
         find_strength(lambda a: 1.0, grid=1)
 
 
+def test_a_tolerance_that_no_bisection_reaches_is_refused():
+    with pytest.raises(InvalidConfig, match="tolerance"):
+        find_strength(lambda a: 1 - a, tolerance=0)
+
+
 @pytest.fixture
 def scope(lm):
     """Probes that the tiny model answers, because the answers are what it says."""

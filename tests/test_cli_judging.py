@@ -79,6 +79,11 @@ def test_attacks_alone_are_a_table_beside_the_untouched_model(common, patch, tmp
     )
 
 
+def test_an_attack_that_measures_something_of_its_own_shows_it(common, patch, tmp_path):
+    out = shell("attack", "{kind: linear_probe, folds: 3}", *common, "--patch", patch)
+    assert "forget/probe_auc" in out
+
+
 def test_runs_are_put_beside_one_another(workplace, tmp_path):
     for name, n in (("one", 2), ("two", 3)):
         changes = (
@@ -94,6 +99,8 @@ def test_runs_are_put_beside_one_another(workplace, tmp_path):
         shell("run", config(workplace, tmp_path / name), *changes)
     out = shell("compare", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "both")
     assert {"one", "two"} <= set(out.split())
+    assert [e.name for e in Report.load(tmp_path / "both").entries] == ["one", "two"]
+    shell("compare", tmp_path / "one", tmp_path / "two", tmp_path / "both", "--output", tmp_path / "both")
     assert [e.name for e in Report.load(tmp_path / "both").entries] == ["one", "two"]
     with pytest.raises(InvalidConfig, match=r"holds a report.json"):
         shell_raises("compare", tmp_path)

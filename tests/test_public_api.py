@@ -33,7 +33,7 @@ EXPORTED = [
     "Objective", "GA", "WGA", "SatImp", "Hinge", "CappedGA", "TemperatureGA", "NPO", "TNPO", "WTNPO", "SimNPO", "DPO",
     "IDK", "ME", "UNDIAL", "CEU", "Margin", "RMU", "RetainNLL", "RetainKL", "RetainEmbedding", "AnswerPreservation",
     "Attack", "Outcome", "attack", "Dilute", "Extraction", "InContext", "JailbreakPrefix", "LinearProbe", "LogitLens",
-    "MultiTurn", "Paraphrase", "Prefill", "Quantise", "Relearn", "RolePlay", "Translate", "Benchmark", "Line",
+    "MultiTurn", "Paraphrase", "Prefill", "Quantise", "Relearn", "RolePlay", "SwitchOff", "Translate", "Benchmark", "Line",
     "UnlearningScore", "MUSE", "TOFU", "MultipleChoice", "Survey", "known_to", "overlaps", "sae_bench", "Measured",
     "Metric", "Asked", "View", "RetainedMetric", "RetainedUtility", "Comparison", "retrain", "teach", "Entry",
     "Optimisation", "AnswerLogprob", "Average", "ChoiceAccuracy", "ConditionalProbability", "Consistency",

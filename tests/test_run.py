@@ -153,6 +153,31 @@ def test_a_patch_that_was_deleted_is_made_again(finished, tmp_path):
     assert contents(output) == contents(finished[0])
 
 
+def test_another_config_in_between_leaves_nothing_of_its_own(finished, workplace, tmp_path):
+    import shutil
+
+    output = tmp_path / "copy"
+    shutil.copytree(finished[0], output)
+    path = config(workplace, output)
+    other = execute(load_run(path, ["method.n=2", "calibration=null", "compare={}"])).main
+    assert other.strength == load_patch(output / "patch").strength == 1
+    weaker = execute(load_run(path, ["calibration=null"])).main
+    assert weaker.strength == load_patch(output / "patch").strength == 1
+    assert weaker.results == (finished[1].main.as_made or finished[1].main.results)
+    execute(load_run(path))
+    assert contents(output) == contents(finished[0])
+
+
+def test_an_attack_that_could_not_be_tried_is_tried_again(workplace, tmp_path, monkeypatch):
+    changes = {"compare": {}, "calibration": None, "attacks": {"4 bits": {"kind": "quantise", "bits": 4}}}
+    path = config(workplace, tmp_path / "run", **changes)
+    with monkeypatch.context() as patched:
+        patched.setattr("importlib.util.find_spec", lambda name: None)
+        assert "pip install" in str(execute(load_run(path)).main.attacks["4 bits"].skipped)
+    report = execute(load_run(path))
+    assert [e.attacks["4 bits"].skipped for e in (report.base, report.main)] == [None, None]
+
+
 def test_killed_anywhere_and_started_again_it_gives_the_same(finished, workplace, tmp_path):
     output = tmp_path / "killed"
     path = config(workplace, output)
@@ -176,6 +201,15 @@ class TestBadInput:
         for key in ("method.nn=3", "method.edit.too=3", "calibration.kep=1", "model.dtyp=x"):
             with pytest.raises(InvalidConfig, match="known: "):
                 load_run(config(workplace, tmp_path / "a"), [key])
+
+    def test_methods_that_cannot_be_told_apart_or_put_into_a_folder(self, workplace, tmp_path):
+        path = config(workplace, tmp_path / "a")
+        for key, says in (
+            ("name=means", "two methods are called 'means'"), ("name=a/b", "without a '/'"),
+            ("calibration.metric=out_near/ranked_accuracy", "goes with a benchmark"),
+        ):  # fmt: skip
+            with pytest.raises(InvalidConfig, match=says):
+                load_run(path, [key])
 
     def test_unknown_components(self, workplace, tmp_path):
         for key, known in (

@@ -17,9 +17,10 @@ from .app import Model, Overrides, app, bars, console, quiet
 
 if TYPE_CHECKING:
     from ..compare import Unlearned
-    from ..evaluation.attacks import Attack
+    from ..evaluation.attacks import Attack, Outcome
     from ..evaluation.benchmark import Benchmark
     from ..lm import LM
+    from ..report import Report
 
 Scoped = Annotated[
     str | None,
@@ -72,10 +73,7 @@ def evaluate(
         )  # fmt: skip
         unlearned = _unlearned(lm, patch or (), checkpoint or (), any_base=any_base)
         report = comparison.report([comparison.entry(name, one) for name, one in unlearned.items()])
-    console.print(report.table())
-    if output:
-        report.save(output)
-        console.print(f"\nreport: {output / 'report.html'}")
+    _show(report, output)
 
 
 @app.command()
@@ -118,9 +116,7 @@ def attack(
     table.add_row("none", *(_shown(clean[name][leak].value) for name in found))
     for kind in chosen:
         cells = [outcomes[kind] for outcomes in found.values()]
-        table.add_row(
-            Text(kind), *(c.skipped or _shown(c.results[leak].value if leak in c.results else None) for c in cells)
-        )
+        table.add_row(Text(kind), *(Text(_told(outcome, leak)) for outcome in cells))
     console.print(table)
 
 
@@ -134,14 +130,12 @@ def compare(
     """Put the methods of several runs into one report; equal methods of several seeds become a mean."""
     from ..report import Report
 
-    found = {str(run): Report.load(run) for run in runs if (run / "report.json").is_file()}
+    own = output and output.resolve()  # which runs/* holds, from the second time on
+    found = {str(run): Report.load(run) for run in runs if (run / "report.json").is_file() and run.resolve() != own}
     if not found:
         raise InvalidConfig(f"none of {', '.join(map(str, runs))} holds a report.json: give folders of finished runs")
     report = Report.merged(found)
-    console.print(report.table())
-    if output:
-        report.save(output)
-        console.print(f"\nreport: {output / 'report.html'}")
+    _show(report, output)
 
 
 @app.command()
@@ -158,6 +152,7 @@ def teach(
 
     The two are what unlearning starts from and what it is measured against. A call that was stopped goes on.
     """
+    from ..activations.processes import Processes
     from ..component import build
     from ..config import override
     from ..data.scope import Scope
@@ -173,13 +168,16 @@ def teach(
         lm, scope = LM.load(model), Scope.load(data)
         passages = (*scope.retain, *scope.near, *(() if without_forget else scope.forget))
         work = output.with_name(f"{output.name}.work")
-        with track("teach", round(recipe.epochs * len(passages))) as progress:
-            learn(lm, passages, recipe=recipe, folder=work, progress=progress).bake(lm, output)
-        shutil.rmtree(work)
+        with track("teach", round(recipe.epochs * len(passages)) if recipe.max_steps is None else None) as progress:
+            patch = learn(lm, passages, recipe=recipe, folder=work, progress=progress)
+        if Processes.here().rank == 0:
+            patch.bake(lm, output)
+            shutil.rmtree(work)
     console.print(f"{output}: {lm.name}, taught {len(passages)} passages")
 
 
 def _benchmark(scope: str | None, benchmark: str | None, max_probes: int | None) -> Benchmark:
+    from ..component import build
     from ..data.scope import Scope
     from ..evaluation.benchmark import Benchmark
     from ..evaluation.benchmarks import ConceptBenchmark
@@ -187,9 +185,11 @@ def _benchmark(scope: str | None, benchmark: str | None, max_probes: int | None)
     if (scope is None) == (benchmark is None):
         raise InvalidConfig("give --scope, or --benchmark with data of its own")
     if benchmark is not None:
+        if max_probes is not None:
+            raise InvalidConfig("--max-probes goes with --scope: a benchmark says within --benchmark how much it asks")
         return Benchmark.parse(yaml.safe_load(benchmark))
     assert scope is not None
-    return ConceptBenchmark(Scope.load(scope).halves().test, max_probes=max_probes)
+    return build(ConceptBenchmark, {"scope": Scope.load(scope), "half": "test", "max_probes": max_probes})
 
 
 def _attacks(specs: Sequence[str]) -> dict[str, Attack]:
@@ -209,6 +209,24 @@ def _unlearned(lm: LM, patches: Sequence[Path], checkpoints: Sequence[str], *, a
             raise InvalidConfig(f"two of these are called {name!r}: rename a folder")
         found[name] = load_patch(one, lm, any_base=any_base) if isinstance(one, Path) else LM.load(one)
     return found
+
+
+def _show(report: Report, output: Path | None) -> None:
+    from ..activations.processes import Processes
+
+    console.print(report.table())
+    if output and Processes.here().rank == 0:
+        report.save(output)
+        console.print(f"\nreport: {output / 'report.html'}")
+
+
+def _told(outcome: Outcome, leak: str) -> str:
+    """The headline leak, or what else the attack measures, by its name."""
+    if outcome.skipped is not None:
+        return outcome.skipped
+    if leak in outcome.results:
+        return _shown(outcome.results[leak].value)
+    return ", ".join(f"{name} {_shown(found.value)}" for name, found in outcome.results.items())
 
 
 def _shown(value: float | None) -> str:

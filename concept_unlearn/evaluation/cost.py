@@ -28,7 +28,7 @@ class Cost(Frozen):
     """Of making the patch, as are all that follow: by the clock."""
     fit_cpu_seconds: float | None = None
     peak_mb: float | None = None
-    """Largest memory, in MiB."""
+    """Most memory above what was in use before, in MiB."""
     forward_tokens: int | None = None
     """Passed through the model."""
     backward_tokens: int | None = None

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..lm import LM
+from ..lm.locate import root
 
 _EVERY = 0.02
 """Seconds between two looks at the memory."""
@@ -37,7 +38,7 @@ class Meter:
 def metered(lm: LM) -> Iterator[Meter]:
     """Whatever the block does with the model, measured."""
     meter, start, cpu = Meter(), time.perf_counter(), time.process_time()
-    handle = lm.model.register_forward_pre_hook(_counting(meter), with_kwargs=True)
+    handle = root(lm.model).register_forward_pre_hook(_counting(meter), with_kwargs=True)
     memory = _Accelerator(lm.device) if lm.device.type == "cuda" else _Process()
     try:
         yield meter

@@ -18,3 +18,4 @@ from .relearn import Relearn as Relearn
 from .rewrite import Paraphrase as Paraphrase
 from .rewrite import Translate as Translate
 from .run import attack as attack
+from .switch_off import SwitchOff as SwitchOff

@@ -82,9 +82,10 @@ class ConceptBenchmark(Benchmark):
                 found.append(Gibberish(on=name, sets=asked))
         return tuple(found)
 
-    @property
+    @cached_property
     def request(self) -> Scope:
-        return self.scope
+        """What is reported on one half is made from the other."""
+        return self.scope if self.half == "all" else self.scope.halves().tune
 
     @property
     def leaks(self) -> tuple[Metric, ...]:
