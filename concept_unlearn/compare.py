@@ -167,9 +167,9 @@ class Comparison:
         """Another for everything that decides what is observed."""
         if self.folder is None:
             return None
-        models = [lm.fingerprint, str(lm.dtype), self.lm.fingerprint]  # the last judges what the first writes
-        what = [*models, None if patch is None else patch.digest, self.benchmark.digest]
-        key = hashlib.sha256(json.dumps([*what, self.benchmark.spec()], default=str).encode()).hexdigest()[:8]
+        what = [lm.fingerprint, str(lm.dtype), None if patch is None else patch.digest, self.benchmark.digest]
+        judge = [] if lm is self.lm else [self.lm.fingerprint]
+        key = hashlib.sha256(json.dumps([*what, self.benchmark.spec(), *judge], default=str).encode()).hexdigest()[:8]
         return self.folder / "records" / f"{''.join(c if c.isalnum() or c in '-_.' else '-' for c in name)}-{key}"
 
     def _cost(self, patch: Patch, fit: Meter | None) -> Cost:

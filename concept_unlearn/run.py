@@ -120,6 +120,8 @@ class Run(Frozen):
             )
         if odd := [name for name in (self.name, *self.compare) if "/" in name]:
             raise InvalidConfig(f"a method's name is a folder's, without a '/'; given: {odd[0]!r}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InvalidConfig(f"seeds are different numbers; given: {', '.join(map(str, self.seeds))}")
         spec = self.calibration
         if spec and spec.metric and not spec.benchmark and isinstance(self.benchmark, BenchmarkSpec):
             raise InvalidConfig(

@@ -121,6 +121,15 @@ def test_a_checkpoint_is_what_its_patch_is(planted, benchmark):
     assert (one.cost is None, two.cost is None) == (False, True)
 
 
+def test_one_checkpoint_beside_two_models_has_two_observations(planted, benchmark, tmp_path):
+    other = copy.deepcopy(planted.lm.model)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+    other = LM(other, planted.lm.tokenizer)
+    for base, checkpoint in ((planted.lm, other), (other, other)):
+        compare(base, {"checkpoint": checkpoint}, benchmark, folder=tmp_path)
+
+
 def test_a_model_alone_is_a_report(planted, benchmark, tmp_path):
     report = compare(planted.lm, {}, benchmark)
     assert report.main == report.base

@@ -33,7 +33,7 @@ EXPORTED = [
     "Objective", "GA", "WGA", "SatImp", "Hinge", "CappedGA", "TemperatureGA", "NPO", "TNPO", "WTNPO", "SimNPO", "DPO",
     "IDK", "ME", "UNDIAL", "CEU", "Margin", "RMU", "RetainNLL", "RetainKL", "RetainEmbedding", "AnswerPreservation",
     "Attack", "Outcome", "attack", "Dilute", "Extraction", "InContext", "JailbreakPrefix", "LinearProbe", "LogitLens",
-    "MultiTurn", "Paraphrase", "Prefill", "Quantise", "Relearn", "RolePlay", "SwitchOff", "Translate", "Benchmark", "Line",
+    "MultiTurn", "Paraphrase", "Prefill", "Quantise", "Relearn", "RolePlay", "Translate", "Benchmark", "Line",
     "UnlearningScore", "MUSE", "TOFU", "MultipleChoice", "Survey", "known_to", "overlaps", "sae_bench", "Measured",
     "Metric", "Asked", "View", "RetainedMetric", "RetainedUtility", "Comparison", "retrain", "teach", "Entry",
     "Optimisation", "AnswerLogprob", "Average", "ChoiceAccuracy", "ConditionalProbability", "Consistency",
@@ -42,6 +42,7 @@ EXPORTED = [
     "MembershipClassifier", "ModelUtility", "Perplexity", "PrivLeak", "Probability", "RankedAccuracy", "Repetitive",
     "Rouge", "TokenEntropy", "Touched", "TruthRatio", "closer_look_utility", "normalised_improvement_drop",
     "retrain_gap", "robustness", "tofu_utility", "wagle_efficacy", "wagle_utility", "wmdp_efficacy",
+    "SwitchOff",
 ]  # fmt: skip
 FAMILIES = [Edit, Gate, Score, Method, Architecture, Objective, Attack, Benchmark, Metric]
 MEMBERS = [(family, member) for family in FAMILIES for member in family.members.values()]

@@ -206,6 +206,7 @@ class TestBadInput:
         path = config(workplace, tmp_path / "a")
         for key, says in (
             ("name=means", "two methods are called 'means'"), ("name=a/b", "without a '/'"),
+            ("seeds=[1, 1]", "different numbers"),
             ("calibration.metric=out_near/ranked_accuracy", "goes with a benchmark"),
         ):  # fmt: skip
             with pytest.raises(InvalidConfig, match=says):

@@ -30,7 +30,8 @@ def run(
     with quiet(), bars() as track:
         report = execute(wanted, tracker=track)
     console.print(report.table())
-    console.print(f"\nreport: {wanted.output / 'report.html'}   patch: {wanted.output / 'patch'}")
+    patch = wanted.output / ("patch" if (wanted.output / "patch").is_dir() else "patches")  # of seeds there are several
+    console.print(f"\nreport: {wanted.output / 'report.html'}   patch: {patch}")
 
 
 @app.command()

@@ -39,7 +39,7 @@ class ConceptBenchmark(Benchmark):
     max_tokens: int = Field(96, gt=1)
     """Of each passage."""
 
-    def __init__(self, scope: Scope | str, **settings: Any) -> None:
+    def __init__(self, scope: Scope | str | None = None, **settings: Any) -> None:
         loaded = Scope.load(scope) if isinstance(scope, str) else scope
         super().__init__(scope=loaded, **settings)  # type: ignore[call-arg]
         if not any(name in self.sets for name in IN_SCOPE):

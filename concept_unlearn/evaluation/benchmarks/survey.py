@@ -69,7 +69,7 @@ class Survey(Benchmark):
     n_items: int | None = Field(None, gt=0)
     """Of each set, the first so many."""
 
-    def __init__(self, scope: Scope | str, **settings: Any) -> None:
+    def __init__(self, scope: Scope | str | None = None, **settings: Any) -> None:
         super().__init__(**{"scope": scope, **settings})
         if not any(getattr(self.scope, name) for name in IN_SCOPE):
             raise EmptyData(

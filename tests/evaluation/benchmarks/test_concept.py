@@ -10,7 +10,7 @@ from conftest import make_sae, words
 
 from concept_unlearn.data.scope import Scope
 from concept_unlearn.edits import DenseClamp
-from concept_unlearn.errors import EmptyData, UnknownName
+from concept_unlearn.errors import EmptyData, InvalidConfig, UnknownName
 from concept_unlearn.evaluation.benchmark import Benchmark
 from concept_unlearn.evaluation.benchmarks import ConceptBenchmark
 from concept_unlearn.evaluation.cost import measure_cost
@@ -118,6 +118,15 @@ def test_a_config_names_the_scope():
     assert found.digest == Benchmark.parse(found.spec()).digest
     with pytest.raises(UnknownName, match="no concept named 'ches'"):
         Benchmark.parse({"kind": "concept", "scope": "ches"})
+    for kind in ("concept", "survey"):
+        with pytest.raises(InvalidConfig, match="scope: "):
+            Benchmark.parse(kind)
+
+
+def test_what_is_reported_on_one_half_is_made_from_the_other():
+    found = Benchmark.parse({"kind": "concept", "scope": "chess", "half": "test"})
+    assert found.request == found.scope.halves().tune
+    assert found.digest == ConceptBenchmark(found.scope.halves().test).digest
 
 
 def test_what_it_keeps_and_what_leaks_are_among_its_metrics(scope):
