@@ -71,6 +71,8 @@ class RetainedMetric:
         self.metric = benchmark.keeps if metric is None else metric
         if isinstance(self.metric, str):
             self.metric = benchmark.metric(self.metric)
+        if self.metric.lower_is_better:
+            raise InvalidConfig(f"{self.metric.name} is higher where less is kept: calibrate on another metric")
         base = self._value(None)
         if base is None or base <= 0:
             raise EmptyData(f"{self.metric.name} of the untouched model is {base}: there is nothing to keep")

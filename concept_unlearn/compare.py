@@ -21,6 +21,7 @@ from .evaluation.meter import Meter
 from .evaluation.question import encode_probe
 from .evaluation.view import View
 from .lm import LM
+from .lm.fingerprint import checksum
 from .patches import Patch
 from .report import Entry, Question, Report
 from .tracking import Progress, Tracker, silent
@@ -167,9 +168,9 @@ class Comparison:
         """Another for everything that decides what is observed."""
         if self.folder is None:
             return None
-        what = [lm.fingerprint, str(lm.dtype), None if patch is None else patch.digest, self.benchmark.digest]
-        judge = [] if lm is self.lm else [self.lm.fingerprint]
-        key = hashlib.sha256(json.dumps([*what, self.benchmark.spec(), *judge], default=str).encode()).hexdigest()[:8]
+        models = [checksum(lm.model), str(lm.dtype), None if lm is self.lm else checksum(self.lm.model)]
+        what = [*models, None if patch is None else patch.digest, self.benchmark.digest, self.benchmark.spec()]
+        key = hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:8]
         return self.folder / "records" / f"{''.join(c if c.isalnum() or c in '-_.' else '-' for c in name)}-{key}"
 
     def _cost(self, patch: Patch, fit: Meter | None) -> Cost:

@@ -58,4 +58,7 @@ def override(data: dict[str, Any], line: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise InvalidConfig(f"{line!r}: {parent} is no mapping")
-    node[leaf] = yaml.safe_load(value)
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InvalidConfig(f"{line!r}: the value is not YAML ({str(error).splitlines()[0]})") from None

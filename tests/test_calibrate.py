@@ -177,6 +177,10 @@ class TestOnABenchmark:
         with pytest.raises(EmptyData, match="nothing to keep"):
             RetainedMetric(lm, benchmark, metric=AnswerLogprob(on="out_near"))
 
+    def test_what_rises_as_less_is_kept_is_refused(self, lm, benchmark):
+        with pytest.raises(InvalidConfig, match="higher where less is kept"):
+            RetainedMetric(lm, benchmark, metric="general/perplexity")
+
     def test_a_metric_belongs_to_a_benchmark(self, lm, scope, patch):
         with pytest.raises(InvalidConfig, match="goes with a benchmark"):
             calibrate(lm, patch, scope, metric="out_near/ranked_accuracy")

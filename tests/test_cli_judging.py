@@ -84,19 +84,18 @@ def test_an_attack_that_measures_something_of_its_own_shows_it(common, patch, tm
     assert "forget/probe_auc" in out
 
 
+def test_a_scope_says_what_was_forgotten_beside_a_benchmark_that_does_not(common, tmp_path):
+    rows = [{"question": words(9, i), "choices": [words(20), words(21)], "answer": i % 2} for i in range(30, 34)]
+    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    quiz = f"{{kind: multiple_choice, forget: [{tmp_path}/quiz.jsonl], retain: [], score: norm}}"
+    out = shell("attack", "{kind: relearn, k: 2, steps: 1}", *common, "--benchmark", quiz)
+    assert "relearn" in out
+
+
 def test_runs_are_put_beside_one_another(workplace, tmp_path):
     for name, n in (("one", 2), ("two", 3)):
-        changes = (
-            "--set",
-            "compare={}",
-            "--set",
-            f"method.n={n}",
-            "--set",
-            f"name={name}",
-            "--set",
-            "calibration=null",
-        )
-        shell("run", config(workplace, tmp_path / name), *changes)
+        changes = ("compare={}", f"method.n={n}", f"name={name}", "calibration=null")
+        shell("run", config(workplace, tmp_path / name), *(part for one in changes for part in ("--set", one)))
     out = shell("compare", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "both")
     assert {"one", "two"} <= set(out.split())
     assert [e.name for e in Report.load(tmp_path / "both").entries] == ["one", "two"]
@@ -132,13 +131,13 @@ def test_a_model_is_taught_with_and_without_what_is_to_be_forgotten(workplace, t
     ("arguments", "error", "says"),
     [
         (("evaluate",), InvalidConfig, "give --scope, or --benchmark"),
-        (("evaluate", "--scope", "chess", "--benchmark", "tofu"), InvalidConfig, "give --scope, or --benchmark"),
         (
             ("attack", "relearn", "--benchmark", "{kind: multiple_choice, forget: a/b}"),
             InvalidConfig,
             "does not hold it",
         ),
         (("evaluate", "--benchmark", "{kind: tofu, data: nowhere/}"), InvalidData, "nowhere"),
+        (("evaluate", "--benchmark", "{kind: tofu"), InvalidConfig, "is not YAML"),
     ],
 )
 def test_what_cannot_be_judged_is_said(workplace, arguments, error, says):

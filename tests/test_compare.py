@@ -130,6 +130,22 @@ def test_one_checkpoint_beside_two_models_has_two_observations(planted, benchmar
         compare(base, {"checkpoint": checkpoint}, benchmark, folder=tmp_path)
 
 
+def test_a_checkpoint_that_differs_where_no_fingerprint_looks_is_another_model(planted, benchmark, attacks, tmp_path):
+    other = copy.deepcopy(planted.lm.model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.numel() > 2 * 64:  # the fingerprint looks at every so manyth value from the first on
+                parameter.view(-1)[1 :: max(parameter.numel() // 64, 1)] += 0.5
+    twin = LM(other, planted.lm.tokenizer, name="tiny")
+    assert twin.fingerprint == planted.lm.fingerprint
+    settings = {"attacks": attacks, "folder": tmp_path, "scope": planted.scope}
+    compare(planted.lm, {}, benchmark, **settings)
+    (entry,) = compare(planted.lm, {"untouched": twin}, benchmark, **settings).entries
+    alone = compare(twin, {}, benchmark, attacks=attacks, scope=planted.scope)
+    assert entry.attacks == alone.base.attacks
+    assert entry.said == alone.base.said
+
+
 def test_a_model_alone_is_a_report(planted, benchmark, tmp_path):
     report = compare(planted.lm, {}, benchmark)
     assert report.main == report.base

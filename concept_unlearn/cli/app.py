@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ..errors import ConceptUnlearnError
+from ..errors import ConceptUnlearnError, InvalidConfig
 
 app = typer.Typer(
     help="Make a language model forget a concept, and prove it.",
@@ -91,3 +92,11 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         yield
+
+
+def parsed(text: str) -> Any:
+    """What an option says in YAML. Raises InvalidConfig."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InvalidConfig(f"{text!r} is not YAML: {str(error).splitlines()[0]}") from None

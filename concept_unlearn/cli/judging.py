@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-import yaml
 from rich.table import Table
 from rich.text import Text
 
 from ..errors import InvalidConfig
-from .app import Model, Overrides, app, bars, console, quiet
+from .app import Model, Overrides, app, bars, console, parsed, quiet
 
 if TYPE_CHECKING:
     from ..compare import Unlearned
+    from ..data.scope import Scope
     from ..evaluation.attacks import Attack, Outcome
     from ..evaluation.benchmark import Benchmark
     from ..lm import LM
@@ -68,7 +68,7 @@ def evaluate(
     with quiet(), bars() as track:
         judge, lm = _benchmark(scope, benchmark, max_probes), LM.load(model)
         comparison = Comparison(
-            lm, judge, attacks=_attacks(attack or ()), folder=output, tracker=track,
+            lm, judge, attacks=_attacks(attack or ()), scope=_request(judge, scope), folder=output, tracker=track,
             retrained=None if retrained is None else LM.load(retrained),
         )  # fmt: skip
         unlearned = _unlearned(lm, patch or (), checkpoint or (), any_base=any_base)
@@ -97,9 +97,10 @@ def attack(
     chosen = _attacks(attacks)
     with quiet(), bars() as track:
         judge, lm = _benchmark(scope, benchmark, max_probes), LM.load(model)
-        if judge.request is None:
+        request = _request(judge, scope)
+        if request is None:
             raise InvalidConfig(
-                f"attacks need to know what was forgotten, and the {judge.kind} benchmark does not hold it"
+                f"attacks need to know what was forgotten; the {judge.kind} benchmark does not hold it: add --scope"
             )
         clean, found = {}, {}
         for name, one in {"untouched": lm, **_unlearned(lm, patch or (), checkpoint or (), any_base=any_base)}.items():
@@ -107,7 +108,7 @@ def attack(
             with track(f"attack {name}", None) as progress:
                 view = judge.observe(own, active, metrics=judge.leaks, progress=progress)
                 clean[name] = judge.measure(view, judge.leaks)
-                found[name] = run(own, active, judge, judge.request, chosen, folder=output, progress=progress)
+                found[name] = run(own, active, judge, request, chosen, folder=output, progress=progress)
     leak = judge.leaks[0].name
     table = Table(title=Text(f"{judge.name}: {leak}, higher where more was left"), title_justify="left")
     table.add_column("attack")
@@ -182,21 +183,28 @@ def _benchmark(scope: str | None, benchmark: str | None, max_probes: int | None)
     from ..evaluation.benchmark import Benchmark
     from ..evaluation.benchmarks import ConceptBenchmark
 
-    if (scope is None) == (benchmark is None):
+    if scope is None and benchmark is None:
         raise InvalidConfig("give --scope, or --benchmark with data of its own")
     if benchmark is not None:
         if max_probes is not None:
             raise InvalidConfig("--max-probes goes with --scope: a benchmark says within --benchmark how much it asks")
-        return Benchmark.parse(yaml.safe_load(benchmark))
+        return Benchmark.parse(parsed(benchmark))
     assert scope is not None
     return build(ConceptBenchmark, {"scope": Scope.load(scope), "half": "test", "max_probes": max_probes})
+
+
+def _request(judge: Benchmark, scope: str | None) -> Scope | None:
+    """Where attacks take what was forgotten from: the benchmark, or a scope given beside one that does not hold it."""
+    from ..data.scope import Scope
+
+    return judge.request if scope is None or judge.request is not None else Scope.load(scope)
 
 
 def _attacks(specs: Sequence[str]) -> dict[str, Attack]:
     from ..compare import named
     from ..evaluation.attacks import Attack
 
-    return named([Attack.parse(yaml.safe_load(spec)) for spec in specs])
+    return named([Attack.parse(parsed(spec)) for spec in specs])
 
 
 def _unlearned(lm: LM, patches: Sequence[Path], checkpoints: Sequence[str], *, any_base: bool) -> dict[str, Unlearned]:

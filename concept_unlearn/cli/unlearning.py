@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 from rich.table import Table
 from rich.text import Text
 
 from ..errors import InvalidConfig
-from .app import Dictionary, Model, Overrides, ScopeName, Spec, app, bars, console, quiet
+from .app import Dictionary, Model, Overrides, ScopeName, Spec, app, bars, console, parsed, quiet
 
 
 @app.command()
@@ -62,8 +61,8 @@ def unlearn(
         lm, tune = LM.load(model), Scope.load(scope).halves().tune
         method = Suppress.parse(
             {
-                "kind": "suppress", "dictionaries": tuple(dictionary), "n": n, "score": yaml.safe_load(score),
-                "edit": yaml.safe_load(edit), "gate": yaml.safe_load(gate),
+                "kind": "suppress", "dictionaries": tuple(dictionary), "n": n, "score": parsed(score),
+                "edit": parsed(edit), "gate": parsed(gate),
             }
         )  # fmt: skip
         with track("measure and select features", None) as progress:
@@ -168,7 +167,7 @@ def rank(
     from ..lm import LM
 
     with quiet(), bars() as track:
-        lm, loaded, chosen = LM.load(model), Scope.load(scope), Score.parse(yaml.safe_load(score))
+        lm, loaded, chosen = LM.load(model), Scope.load(scope), Score.parse(parsed(score))
         features = load_dictionary(dictionary)
         n_passages = len(loaded.forget) + len(loaded.near) + len(loaded.retain)
         with track("measure features", n_passages) as progress:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -60,6 +60,8 @@ class Scope:
     in_hard: tuple[Probe, ...] = ()
     out_near: tuple[Probe, ...] = ()
     out_far: tuple[Probe, ...] = ()
+    source: str = field(default="", compare=False)
+    """What ``load`` was given, by which it can be loaded again."""
 
     def __post_init__(self) -> None:
         if not self.forget:
@@ -75,6 +77,10 @@ class Scope:
         A dataset's splits are read as the files would be; one without such splits is forget text.
         Raises UnknownName, InvalidData (with file and line) or EmptyData.
         """
+        return replace(cls._load(source), source=str(source))
+
+    @classmethod
+    def _load(cls, source: str | Path) -> Scope:
         if (CONCEPTS / str(source)).is_dir() and str(source) in concepts():
             return cls._from_folder(CONCEPTS / str(source), str(source))
         path = Path(source).expanduser()
@@ -122,11 +128,11 @@ class Scope:
         Each list is ordered by a hash of its examples and dealt out in turn, so the halves are as equal as
         can be and an example keeps its half for as long as the list does.
         """
-        dealt = {f.name: _deal(getattr(self, f.name)) for f in fields(self) if f.name != "name"}
+        dealt = {f.name: _deal(getattr(self, f.name)) for f in fields(self) if f.name not in ("name", "source")}
         tune, test = ({name: parts[i] for name, parts in dealt.items()} for i in (0, 1))
         if not test["forget"]:
             raise EmptyData(f"scope {self.name!r} has a single forget passage: two halves need at least two")
-        return Halves(Scope(self.name, **tune), Scope(self.name, **test))
+        return Halves(*(Scope(self.name, **half, source=self.source) for half in (tune, test)))
 
     def keeping_half(self) -> Scope:
         """All that is to be forgotten, and of the passages to keep the half that ``halves`` gives to ``tune``."""
@@ -160,9 +166,9 @@ class Scope:
 NamedScope = Annotated[
     Scope,
     BeforeValidator(lambda given: Scope.load(given) if isinstance(given, str | Path) else given),
-    PlainSerializer(lambda scope: scope.name, return_type=str),
+    PlainSerializer(lambda scope: scope.source or scope.name, return_type=str),
 ]
-"""A field that is written down by the scope's name."""
+"""A field that is written down by what the scope was loaded from."""
 
 
 def _read(path: Path, convert: Callable[[Any], T]) -> list[T]:

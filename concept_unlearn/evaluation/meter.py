@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -32,6 +32,11 @@ class Meter:
     """That went into the model, padding included."""
     backward_tokens: int = 0
     """Of those, the ones with gradients on."""
+
+    def after(self, first: Meter) -> Meter:
+        """What this took and what had to be done before it."""
+        both = {f.name: getattr(self, f.name) + getattr(first, f.name) for f in fields(self)}
+        return Meter(**both | {"peak_mb": max(self.peak_mb, first.peak_mb)})
 
 
 @contextmanager

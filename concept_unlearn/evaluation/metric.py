@@ -21,6 +21,9 @@ class Metric(Component, family=True):
     label: str | None = None
     """What it is called in tables and records, after its set; its kind where not given."""
 
+    lower_is_better: ClassVar[bool] = False
+    """True of what nobody wants more of, whatever is to be kept: perplexity, gibberish."""
+
     @property
     def name(self) -> str:
         return f"{self.on}/{self.label or self.kind}"

@@ -20,6 +20,7 @@ from ..data.encode import encode_text, end_of_answer
 from ..data.examples import Passage, Probe
 from ..errors import InvalidData
 from ..lm import LM, Scored
+from ..lm.fingerprint import checksum
 from ..lm.score import answer_batches, text_batches
 from ..patches import Patch
 from ..tracking import Progress
@@ -283,12 +284,12 @@ def _what(lm: LM, patch: Patch | None, judge: LM | None, sets: Mapping[str, Aske
     tokenizer = lm.tokenizer
     split = [repr(tokenizer.chat_template), sorted(tokenizer.get_vocab().items()), lm.encode(_SAMPLE, chat=False)]
     return {
-        "model": lm.fingerprint,
+        "model": [lm.fingerprint, checksum(lm.model)],
         "dtype": str(lm.dtype),
         "tokenizer": hashlib.sha256(json.dumps(split).encode()).hexdigest()[:16],
         "ends": sorted(lm.end_ids),
         "context": lm.context,
         "patch": None if patch is None else patch.digest,
-        "judge": (judge or lm).fingerprint,
+        "judge": checksum((judge or lm).model),
         "asked": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
     }

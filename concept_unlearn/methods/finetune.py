@@ -14,8 +14,7 @@ from pydantic import Field, model_validator
 from ..data.scope import Scope
 from ..errors import InvalidConfig, NonFinite
 from ..journal import Journal
-from ..lm import LM
-from ..lm.fingerprint import fingerprint
+from ..lm.fingerprint import checksum, fingerprint
 from ..lm.head import Head
 from ..objectives import Objective
 from ..patches import WeightPatch
@@ -65,7 +64,13 @@ class Finetune(Method, Optimisation):
         if study.folder is not None:
             rows = {name: [split.rows, split.by_epoch] for name, split in data.splits.items()}
             spec = {name: value for name, value in self.spec().items() if name not in _CHANGES_NOTHING}
-            what = {"model": model, "weights": _sum(lm), "dtype": str(lm.dtype), "method": spec, "rows": _digest(rows)}
+            what = {
+                "model": model,
+                "weights": checksum(lm.model),
+                "dtype": str(lm.dtype),
+                "method": spec,
+                "rows": _digest(rows),
+            }
             journal = Journal(study.folder, what, name="finetuning")
             journal.claim()
         precision = autocast(lm, self.precision)
@@ -110,13 +115,6 @@ class Finetune(Method, Optimisation):
         named = tuple(dict.fromkeys(name for names in meant for name in names or ()))
         chosen = self.parameters or (named if named and None not in meant else None)
         return train_shares(study.lm, chosen) if is_sharded() else train_weights(study.lm, chosen)
-
-
-def _sum(lm: LM) -> str:
-    """Of every bit of every parameter, in whatever order it is taken."""
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [int(p.detach().view(bits[p.element_size()]).sum()) for p in lm.model.parameters()]
-    return _digest(sums)
 
 
 def _digest(value: Any) -> str:

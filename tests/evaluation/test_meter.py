@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import n_hooks
 
-from concept_unlearn.evaluation.meter import metered
+from concept_unlearn.evaluation.meter import Meter, metered
 
 
 def test_tokens_are_those_that_went_in(lm, ids):
@@ -42,3 +42,8 @@ def test_an_exception_leaves_no_hook(lm):
         raise KeyError
     assert n_hooks(lm.model) == before
     assert meter.seconds > 0
+
+
+def test_what_came_before_counts_too_but_memory_is_the_larger():
+    first, then = Meter(1.0, 2.0, 30.0, 4, 5), Meter(10.0, 20.0, 3.0, 40, 50)
+    assert then.after(first) == Meter(11.0, 22.0, 30.0, 44, 55)

@@ -22,6 +22,7 @@ from ...errors import (
 )
 from ...files import write_atomically
 from ...lm import LM
+from ...lm.fingerprint import checksum
 from ...patches import Patch
 from ...tracking import Progress
 from ..benchmark import Benchmark
@@ -73,7 +74,7 @@ def attack(
 def _key(lm: LM, patch: Patch | None, benchmark: Benchmark, scope: Scope, one: Attack) -> str:
     """Of everything that decides an outcome."""
     what = {
-        "model": lm.fingerprint,
+        "model": [lm.fingerprint, checksum(lm.model)],
         "dtype": str(lm.dtype),
         "patch": None if patch is None else patch.digest,
         "asked": benchmark.digest,

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_serializer
+from pydantic import ConfigDict, Field
 
 from ...data.examples import Probe
-from ...data.scope import IN_SCOPE, OUT_OF_SCOPE, PROBES, Scope
+from ...data.scope import IN_SCOPE, OUT_OF_SCOPE, PROBES, NamedScope, Scope
 from ...errors import EmptyData
 from ..benchmark import Benchmark, Line
 from ..metric import Metric
@@ -28,7 +28,7 @@ class ConceptBenchmark(Benchmark):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    scope: Scope
+    scope: NamedScope
     """A built-in concept, a folder, a .jsonl file or a dataset id."""
     half: Literal["test", "tune", "all"] = "all"
     """Of the scope: test is the half to report on, tune the one that settings are chosen on."""
@@ -46,10 +46,6 @@ class ConceptBenchmark(Benchmark):
             raise EmptyData(
                 f"scope {self.scope.name!r} has no in_easy or in_hard probe: forgetting could not be told from nothing"
             )
-
-    @field_serializer("scope")
-    def _name(self, scope: Scope) -> str:
-        return scope.name
 
     @property
     def name(self) -> str:

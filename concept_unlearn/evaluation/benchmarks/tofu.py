@@ -29,6 +29,7 @@ from ..metrics import (
     tofu_utility,
     wordings_of,
 )
+from ..metrics.peer import Compat
 from ..view import Asked
 
 _OTHERS = {
@@ -58,6 +59,8 @@ class TOFU(Benchmark):
     n_items: int | None = Field(None, gt=0)
     """Of each set, the first so many."""
     max_new_tokens: int = Field(200, gt=0)
+    compat: Compat | None = None
+    """``open-unlearning``: its numbers where its code computes something else than the papers, for old tables."""
 
     def model_post_init(self, context: Any) -> None:
         for name, (start, stop) in self.rows.items():
@@ -85,33 +88,32 @@ class TOFU(Benchmark):
 
     @cached_property
     def metrics(self) -> tuple[Metric, ...]:
-        utility = tofu_utility()
+        compat = self.compat
+        utility = tofu_utility(compat=compat)
         found: list[Metric] = [
-            ExtractionStrength(),
-            ExtractionStrength(on=_REWORDED),
-            ExactMemorisation(),
+            *(ExtractionStrength(on=name, compat=compat) for name in ("forget", _REWORDED, "retain")),
+            ExactMemorisation(compat=compat),
             Probability(),
             Rouge(measure="recall"),
-            TruthRatio(),
+            TruthRatio(compat=compat),
             ForgetQuality(),
-            Gibberish(sets=("forget",)),
-            ExtractionStrength(on="retain"),
-            Gibberish(on="retain", sets=("retain",)),
+            *(Gibberish(on=name, sets=(name,)) for name in ("forget", "retain")),
             *utility.terms,
             utility,
         ]
         if self.holdout is not None:
-            found += [MembershipAUC(), MembershipAUC(attack="loss", label="loss_auc"), PrivLeak()]
+            attacks = MembershipAUC(compat=compat), MembershipAUC(attack="loss", label="loss_auc", compat=compat)
+            found += [*attacks, PrivLeak(compat=compat)]
         return tuple(found)
 
     @property
     def leaks(self) -> tuple[Metric, ...]:
-        return ExtractionStrength(), Rouge(measure="recall"), Probability()
+        return ExtractionStrength(compat=self.compat), Rouge(measure="recall"), Probability()
 
     @property
     def keeps(self) -> Metric:
         """Extraction strength on what is kept, as UWC (2406.09179) calibrates."""
-        return ExtractionStrength(on="retain")
+        return ExtractionStrength(on="retain", compat=self.compat)
 
     @property
     def lines(self) -> tuple[Line, ...]:

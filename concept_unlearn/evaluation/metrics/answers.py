@@ -49,6 +49,7 @@ class AnswerLogprob(_ItemMetric):
 class Touched(_ItemMetric):
     """Share of examples of which the patch changed anything at all: some log-probability of an answer or text."""
 
+    lower_is_better: ClassVar[bool] = True
     needs: ClassVar[tuple[Read, ...]] = ("answers",)
 
     @property
@@ -67,6 +68,8 @@ class Touched(_ItemMetric):
 
 class Gibberish(Metric):
     """Share of degenerate replies over several sets: loops, and text that its untouched model does not expect."""
+
+    lower_is_better: ClassVar[bool] = True
 
     sets: tuple[str, ...]
 

@@ -72,6 +72,7 @@ class Repetitive(_ItemMetric):
     It needs no judge, as ``Gibberish`` does.
     """
 
+    lower_is_better: ClassVar[bool] = True
     needs: ClassVar[tuple[Read, ...]] = ("said",)
 
     def value(self, seen: Seen, i: int) -> float:

@@ -15,6 +15,7 @@ class Perplexity(_ItemMetric):
     Long texts are read in overlapping windows, each token scored once. Its logarithm is in the notes.
     """
 
+    lower_is_better: ClassVar[bool] = True
     needs: ClassVar[tuple[Read, ...]] = ("answers",)
 
     def value(self, seen: Seen, i: int) -> float | None:

@@ -129,6 +129,13 @@ def test_what_is_reported_on_one_half_is_made_from_the_other():
     assert found.digest == ConceptBenchmark(found.scope.halves().test).digest
 
 
+def test_a_folder_is_named_so_that_it_can_be_loaded_again(workplace):
+    found = ConceptBenchmark(str(workplace / "scope"), half="tune")
+    again = Benchmark.parse(found.spec())
+    assert again.digest == found.digest
+    assert ConceptBenchmark(found.scope.halves().test).spec()["scope"] == str(workplace / "scope")
+
+
 def test_what_it_keeps_and_what_leaks_are_among_its_metrics(scope):
     benchmark = ConceptBenchmark(scope)
     assert benchmark.metric(benchmark.keeps.name) == benchmark.keeps

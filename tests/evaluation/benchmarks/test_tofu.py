@@ -231,3 +231,17 @@ def test_twenty_rows_are_one_published_author():
     following = TOFU(data=REAL, forget="forget01", rows={"forget": (20, 40)}).sets["forget"].examples
     assert all("Al-Kuwaiti" in p.prompt + p.answers[0] for p in author[:10])
     assert not any("Al-Kuwaiti" in p.prompt + p.answers[0] for p in following)
+
+
+def test_old_tables_can_be_reproduced(folder: Path):
+    lm = LM(make_hf(), make_tokenizer(), name="tiny")
+    ours, theirs = tofu(folder), tofu(folder, compat="open-unlearning")
+    view = ours.observe(lm)
+    mine, peer = ours.measure(view), theirs.measure(view)
+    assert set(mine) == set(peer)
+    lengths = [t.n - 1 for (t,) in view["forget"].answers]  # the last label never counts
+    assert min(peer["forget/extraction_strength"].values) == 1 / max(lengths)
+    assert min(mine["forget/extraction_strength"].values) == 0
+    assert theirs.keeps.name == ours.keeps.name
+    assert theirs.metric(theirs.keeps.name) == theirs.keeps
+    assert all(theirs.metric(leak.name) == leak for leak in theirs.leaks)

@@ -14,125 +14,38 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import Field, PlainSerializer, field_validator, model_validator
+from pydantic_core import to_json
 
-from .activations.processes import Processes
-from .calibrate import RetainedMetric, RetainedUtility, find_strength
-from .compare import Comparison
-from .component import Frozen, build
-from .config import ModelSpec, load_config
-from .data.scope import Scope
-from .errors import InvalidConfig
-from .evaluation.attacks import Attack
-from .evaluation.benchmark import Benchmark
-from .evaluation.benchmarks import ConceptBenchmark
-from .evaluation.meter import Meter, metered
-from .files import write_atomically
-from .lm import LM
-from .methods import Method, Study
-from .patches import Patch, load_patch
-from .report import Entry, Report
-from .tracking import Tracker, silent
+from ..activations.processes import Processes
+from ..calibrate import RetainedMetric, RetainedUtility, strongest
+from ..compare import Comparison
+from ..component import Frozen, build
+from ..data.scope import Scope
+from ..errors import InvalidConfig
+from ..evaluation.benchmark import Benchmark
+from ..evaluation.benchmarks import ConceptBenchmark
+from ..evaluation.meter import Meter, metered
+from ..files import write_atomically
+from ..lm import LM
+from ..lm.fingerprint import checksum
+from ..methods import Method, Study
+from ..patches import Patch, load_patch
+from ..report import Entry, Report
+from ..tracking import Tracker, silent
+from .config import BenchmarkSpec, Run
 
 T = TypeVar("T", bound=Frozen)
 
 _CANARIES = 6
 _KEY = 12
 """Digits of a stage's key."""
-
-
-class CalibrationSpec(Frozen):
-    keep: float | None = Field(None, gt=0, le=1)
-    """Share of what must be kept that must stay: of the neighbouring probes' accuracy (0.98 where not given), or of
-    ``metric`` (0.95).
-    """
-    metric: str | None = None
-    """Of ``benchmark``, higher where more is kept; by default the one that the benchmark itself keeps."""
-    benchmark: Benchmark | None = None
-    """What to calibrate on, apart from what is reported. A run on a concept has the tuning half of its scope."""
-    max_perplexity: float = 1.01
-    """How much general perplexity may grow, as a factor."""
-    max_gibberish: float = 0.05
-    """How much the share of gibberish among replies in scope may grow."""
-    grid: int = 21
-    tolerance: float = 0.005
-    max_probes: int | None = None
-    max_passages: int = 24
-
-
-class BenchmarkSpec(Frozen):
-    """The concept benchmark on the reporting half of the run's own scope."""
-
-    max_probes: int | None = None
-    """Of each set; none means all."""
-    max_passages: int = 24
-    max_tokens: int = 96
-    batch_size: int = 32
-
-
-Judge = Annotated[
-    BenchmarkSpec | Benchmark,
-    PlainSerializer(lambda judge: judge.spec() if isinstance(judge, Benchmark) else judge.model_dump(mode="json")),
-]
-
-
-class Run(Frozen):
-    """A run's configuration. Unknown keys are errors; every default is written out beside the result."""
-
-    model: ModelSpec = ModelSpec()
-    scope: str | None = None
-    """A built-in concept, a folder, a .jsonl file or a dataset id; what the benchmark holds where not given."""
-    name: str = "sae"
-    """What the method is called in the report."""
-    method: Method
-    compare: dict[str, Method] = Field(default_factory=dict)
-    """Other methods to stand beside it, by name."""
-    calibration: CalibrationSpec | None = CalibrationSpec()
-    """None leaves every patch at full strength."""
-    benchmark: Judge = Field(BenchmarkSpec(), union_mode="left_to_right")
-    """Any benchmark, or settings of the concept benchmark, which reports on one half of the scope."""
-    attacks: dict[str, Attack] = Field(default_factory=dict)
-    """What every method has to stand, by name."""
-    retrained: ModelSpec | None = None
-    """A model that never saw what is to be forgotten, from which every gap is taken."""
-    seeds: tuple[int, ...] = ()
-    """Methods that draw anything are made once for each; the method's own seed where empty."""
-    output: Path = Path("runs/run")
-
-    @field_validator("benchmark", mode="before")
-    @classmethod
-    def _parse(cls, value: Any) -> Any:
-        named = isinstance(value, str) or (isinstance(value, dict) and "kind" in value)
-        return Benchmark.parse(value) if named else build(BenchmarkSpec, value) if isinstance(value, dict) else value
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.name in self.compare:
-            raise InvalidConfig(
-                f"two methods are called {self.name!r}: give the run another name, or that one in compare"
-            )
-        if odd := [name for name in (self.name, *self.compare) if "/" in name]:
-            raise InvalidConfig(f"a method's name is a folder's, without a '/'; given: {odd[0]!r}")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise InvalidConfig(f"seeds are different numbers; given: {', '.join(map(str, self.seeds))}")
-        spec = self.calibration
-        if spec and spec.metric and not spec.benchmark and isinstance(self.benchmark, BenchmarkSpec):
-            raise InvalidConfig(
-                f"calibration.metric ({spec.metric}) goes with a benchmark; a scope is kept by its probes and passages"
-            )
-        return self
-
-
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
-    """A YAML file with ``key.inner=value`` overrides. Raises InvalidConfig or UnknownName."""
-    return load_config(Run, path, overrides)
 
 
 def execute(run: Run, *, tracker: Tracker | None = None) -> Report:
@@ -185,6 +98,10 @@ class _Execution:
         return report
 
     @cached_property
+    def _model(self) -> list[str]:
+        return [self.lm.fingerprint, checksum(self.lm.model)]
+
+    @cached_property
     def comparison(self) -> Comparison:
         run = self.run
         return Comparison(
@@ -202,7 +119,7 @@ class _Execution:
         methods = [self.run.method, *self.run.compare.values()]
         n_passages = sum(len(getattr(self.learned, name)) for name in ("forget", "near", "retain"))
         study = Study(self.lm, self.learned)
-        with self.track("measure features", n_passages) as progress:
+        with self.track("measure features", n_passages) as progress, metered(self.lm) as self.shared:
             study.progress = progress
             study.measure(
                 {name for m in methods for name in m.reads[0]}, sorted({site for m in methods for site in m.reads[1]})
@@ -236,7 +153,9 @@ class _Execution:
         what |= {
             "benchmark": [self.benchmark.spec(), self.benchmark.digest],
             "attacks": {n: a.spec() for n, a in self.run.attacks.items()},
-            "retrained": None if self.retrained is None else [self.retrained.fingerprint, str(self.retrained.dtype)],
+            "retrained": None
+            if self.retrained is None
+            else [checksum(self.retrained.model), str(self.retrained.dtype)],
         }
 
         def observe() -> Entry:
@@ -257,7 +176,7 @@ class _Execution:
         self._save(patch, folder)
         if self.here.rank == 0:
             shutil.rmtree(work, ignore_errors=True)
-        return Fitted(fit=asdict(meter))
+        return Fitted(fit=asdict(meter.after(self.shared) if any(method.reads) else meter))
 
     def _save(self, patch: Patch, folder: Path) -> Patch:
         met = patch.met(self.lm, [p.text for p in self.learned.forget[:_CANARIES]])
@@ -272,7 +191,7 @@ class _Execution:
             return Calibrated(strength=1.0)
         utility = self.utility
         with self.track(f"calibrate {name}", None) as utility.progress:
-            found = find_strength(lambda s: utility(made.at(s)), grid=spec.grid, tolerance=spec.tolerance)
+            found = strongest(utility, made, grid=spec.grid, tolerance=spec.tolerance)
         return Calibrated(strength=found.strength, curve=found.curve)
 
     @cached_property
@@ -294,9 +213,7 @@ class _Execution:
         self, name: str, kind: type[T], what: Any, make: Callable[[], T], holds: Callable[[T], bool] = lambda _: True
     ) -> T:
         """``make()``, or what it made when the same was asked before, if that still ``holds``."""
-        key = json.dumps(
-            [name, what, self.lm.fingerprint, str(self.lm.dtype), _hash(self.learned), _version()], sort_keys=True
-        )
+        key = json.dumps([name, what, self._model, str(self.lm.dtype), _hash(self.learned), _version()], sort_keys=True)
         path = self.stages / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:_KEY]}.json"
         found = kind.model_validate_json(path.read_bytes()) if path.is_file() else None
         if found is not None and not holds(found):
@@ -305,7 +222,7 @@ class _Execution:
         if found is None:
             found = make()
             if self.here.rank == 0:
-                write_atomically(path, found.model_dump_json().encode())
+                write_atomically(path, to_json(found, inf_nan_mode="strings"))
         return found
 
     def _provenance(self, seconds: float) -> dict[str, Any]:
@@ -326,7 +243,8 @@ class _Execution:
 
 
 def _hash(scope: Scope) -> str:
-    return hashlib.sha256(json.dumps(asdict(scope), default=lambda e: e.model_dump()).encode()).hexdigest()
+    content = {name: part for name, part in asdict(scope).items() if name != "source"}
+    return hashlib.sha256(json.dumps(content, default=lambda e: e.model_dump()).encode()).hexdigest()
 
 
 def _is_whole(entry: Entry) -> bool:

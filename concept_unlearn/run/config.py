@@ -1,0 +1,103 @@
+"""A run's configuration: what is forgotten, by which methods, on which benchmark, at what retained utility."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, PlainSerializer, field_validator, model_validator
+
+from ..component import Frozen, build
+from ..config import ModelSpec, load_config
+from ..errors import InvalidConfig
+from ..evaluation.attacks import Attack
+from ..evaluation.benchmark import Benchmark
+from ..methods import Method
+
+
+class CalibrationSpec(Frozen):
+    keep: float | None = Field(None, gt=0, le=1)
+    """Share of what must be kept that must stay: of the neighbouring probes' accuracy (0.98 where not given), or of
+    ``metric`` (0.95).
+    """
+    metric: str | None = None
+    """Of ``benchmark``, higher where more is kept; by default the one that the benchmark itself keeps."""
+    benchmark: Benchmark | None = None
+    """What to calibrate on, apart from what is reported. A run on a concept has the tuning half of its scope."""
+    max_perplexity: float = 1.01
+    """How much general perplexity may grow, as a factor."""
+    max_gibberish: float = 0.05
+    """How much the share of gibberish among replies in scope may grow."""
+    grid: int = 21
+    tolerance: float = 0.005
+    max_probes: int | None = None
+    max_passages: int = 24
+
+
+class BenchmarkSpec(Frozen):
+    """The concept benchmark on the reporting half of the run's own scope."""
+
+    max_probes: int | None = None
+    """Of each set; none means all."""
+    max_passages: int = 24
+    max_tokens: int = 96
+    batch_size: int = 32
+
+
+Judge = Annotated[
+    BenchmarkSpec | Benchmark,
+    PlainSerializer(lambda judge: judge.spec() if isinstance(judge, Benchmark) else judge.model_dump(mode="json")),
+]
+
+
+class Run(Frozen):
+    """A run's configuration. Unknown keys are errors; every default is written out beside the result."""
+
+    model: ModelSpec = ModelSpec()
+    scope: str | None = None
+    """A built-in concept, a folder, a .jsonl file or a dataset id; what the benchmark holds where not given."""
+    name: str = "sae"
+    """What the method is called in the report."""
+    method: Method
+    compare: dict[str, Method] = Field(default_factory=dict)
+    """Other methods to stand beside it, by name."""
+    calibration: CalibrationSpec | None = CalibrationSpec()
+    """None leaves every patch at full strength."""
+    benchmark: Judge = Field(BenchmarkSpec(), union_mode="left_to_right")
+    """Any benchmark, or settings of the concept benchmark, which reports on one half of the scope."""
+    attacks: dict[str, Attack] = Field(default_factory=dict)
+    """What every method has to stand, by name."""
+    retrained: ModelSpec | None = None
+    """A model that never saw what is to be forgotten, from which every gap is taken."""
+    seeds: tuple[int, ...] = ()
+    """Methods that draw anything are made once for each; the method's own seed where empty."""
+    output: Path = Path("runs/run")
+
+    @field_validator("benchmark", mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        named = isinstance(value, str) or (isinstance(value, dict) and "kind" in value)
+        return Benchmark.parse(value) if named else build(BenchmarkSpec, value) if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.name in self.compare:
+            raise InvalidConfig(
+                f"two methods are called {self.name!r}: give the run another name, or that one in compare"
+            )
+        if odd := [name for name in (self.name, *self.compare) if "/" in name]:
+            raise InvalidConfig(f"a method's name is a folder's, without a '/'; given: {odd[0]!r}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InvalidConfig(f"seeds are different numbers; given: {', '.join(map(str, self.seeds))}")
+        spec = self.calibration
+        if spec and spec.metric and not spec.benchmark and isinstance(self.benchmark, BenchmarkSpec):
+            raise InvalidConfig(
+                f"calibration.metric ({spec.metric}) goes with a benchmark; a scope is kept by its probes and passages"
+            )
+        return self
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """A YAML file with ``key.inner=value`` overrides. Raises InvalidConfig or UnknownName."""
+    return load_config(Run, path, overrides)
