@@ -195,13 +195,15 @@ def calibrate(
     return patch.at(found.strength).met(lm, texts)
 
 
-def strongest(utility: Utility, patch: Patch, *, grid: int = 21, tolerance: float = 0.005) -> Calibration:
-    """``find_strength`` of a patch, with a warning where nothing but off keeps enough."""
+def strongest(
+    utility: Utility, patch: Patch, *, name: str = "this patch", grid: int = 21, tolerance: float = 0.005
+) -> Calibration:
+    """``find_strength`` of a patch, with a warning that calls it by its ``name`` where nothing but off keeps enough."""
     found = find_strength(lambda strength: utility(patch.at(strength)), grid=grid, tolerance=tolerance)
     if found.strength == 0:
         best = max((value, strength) for strength, value in found.curve if strength > 0)
         warnings.warn(
-            f"no strength of this patch keeps what was asked, so it is off: the best reachable is {best[0]:.3g} of it, "
+            f"no strength of {name} keeps what was asked, so it is off: the best reachable is {best[0]:.3g} of it, "
             f"at strength {best[1]:.3g}",
             stacklevel=3,
         )

@@ -22,6 +22,8 @@ from concept_unlearn.recipe import Recipe
 from concept_unlearn.run import Run, execute, load_run
 from concept_unlearn.training import Loop
 
+pytestmark = pytest.mark.filterwarnings("ignore:no strength of (means|leace) keeps what was asked")
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 

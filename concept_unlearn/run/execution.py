@@ -191,7 +191,7 @@ class _Execution:
             return Calibrated(strength=1.0)
         utility = self.utility
         with self.track(f"calibrate {name}", None) as utility.progress:
-            found = strongest(utility, made, grid=spec.grid, tolerance=spec.tolerance)
+            found = strongest(utility, made, name=name, grid=spec.grid, tolerance=spec.tolerance)
         return Calibrated(strength=found.strength, curve=found.curve)
 
     @cached_property
