@@ -44,11 +44,7 @@ def gap(kind: Kind, difference: float | None) -> str:
 
 def size(n_bytes: float) -> str:
     """1.5 MB"""
-    for unit in ("B", "KB", "MB"):
-        if n_bytes < 999.5:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.3g} GB"
+    return _scaled(n_bytes, 1024, (" B", " KB", " MB", " GB"))
 
 
 def seconds(value: float) -> str:
@@ -60,11 +56,15 @@ def seconds(value: float) -> str:
 
 def count(n: float) -> str:
     """950, 12.3 k or 4.56 M"""
-    for unit in ("", " k", " M"):
+    return _scaled(n, 1000, ("", " k", " M", " G"))
+
+
+def _scaled(n: float, step: int, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
         if n < 999.5:
             return f"{n:.3g}{unit}"
-        n /= 1000
-    return f"{n:.3g} G"
+        n /= step
+    return f"{n:.3g}{units[-1]}"
 
 
 def _percent(share: float) -> str:
