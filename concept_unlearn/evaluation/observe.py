@@ -284,8 +284,8 @@ def _what(lm: LM, patch: Patch | None, judge: LM | None, sets: Mapping[str, Aske
     tokenizer = lm.tokenizer
     split = [repr(tokenizer.chat_template), sorted(tokenizer.get_vocab().items()), lm.encode(_SAMPLE, chat=False)]
     return {
+        "dtype": str(lm.dtype),  # before the weights, which change with it
         "model": [lm.fingerprint, checksum(lm.model)],
-        "dtype": str(lm.dtype),
         "tokenizer": hashlib.sha256(json.dumps(split).encode()).hexdigest()[:16],
         "ends": sorted(lm.end_ids),
         "context": lm.context,
