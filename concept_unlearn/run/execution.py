@@ -262,7 +262,7 @@ def _short(value: Any) -> str:
     if isinstance(value, dict):
         inner = ", ".join(f"{k} {_short(v)}" for k, v in value.items() if k != "kind" and v is not None)
         return f"{value.get('kind', '')}({inner})" if inner else str(value.get("kind", ""))
-    return " + ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " + ".join(map(_short, value)) if isinstance(value, list) else str(value)
 
 
 def _version() -> str:
