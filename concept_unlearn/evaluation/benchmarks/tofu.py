@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,7 @@ from ..metrics import (
     PrivLeak,
     Probability,
     Rouge,
+    TokenEntropy,
     TruthRatio,
     reworded,
     tofu_utility,
@@ -39,6 +40,8 @@ _OTHERS = {
 }
 SETS = ("forget", *_OTHERS, "holdout")
 _REWORDED = wordings_of("forget")
+_OTHER_ATTACKS: tuple[Literal["loss", "zlib", "min_k_plus_plus"], ...] = ("loss", "zlib", "min_k_plus_plus")
+"""On membership, beside Min-K."""
 
 
 class TOFU(Benchmark):
@@ -98,12 +101,13 @@ class TOFU(Benchmark):
             TruthRatio(compat=compat),
             ForgetQuality(),
             *(Gibberish(on=name, sets=(name,)) for name in ("forget", "retain")),
+            *(TokenEntropy(on=name) for name in ("forget", "retain")),
             *utility.terms,
             utility,
         ]
         if self.holdout is not None:
-            attacks = MembershipAUC(compat=compat), MembershipAUC(attack="loss", label="loss_auc", compat=compat)
-            found += [*attacks, PrivLeak(compat=compat)]
+            found += [MembershipAUC(compat=compat), PrivLeak(compat=compat)]
+            found += [MembershipAUC(attack=a, label=f"{a}_auc", compat=compat) for a in _OTHER_ATTACKS]
         return tuple(found)
 
     @property
