@@ -31,6 +31,10 @@ class Trainable(ABC):
     sharded: ClassVar[bool] = False
     """True where every process holds a share of each parameter, and gradients come averaged over all."""
 
+    def head(self) -> Head:
+        """What makes logits of what the model ends in."""
+        return Head(self.lm.model)
+
     @abstractmethod
     def reference(self, head: Head) -> LiveReference:
         """The untouched model; ``head`` is that of ``lm``."""

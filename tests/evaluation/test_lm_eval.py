@@ -376,7 +376,9 @@ class TestModelType:
         )  # fmt: skip
         (path,) = (tmp_path / "out").rglob("results_*.json")
         written, expected = json.loads(path.read_text())["results"], harness(tiny, patches["weight"])["results"]
-        assert written == json.loads(json.dumps(expected))
+        assert written.keys() == expected.keys()
+        for task, values in expected.items():  # another process may add up in another order
+            assert written[task] == pytest.approx(values, rel=1e-5)
 
 
 class TestShell:
