@@ -77,7 +77,7 @@ def test_stopped_and_started_again_it_gives_the_same(
     planted, benchmark, patches, attacks, report, tmp_path, monkeypatch
 ):
     """Killed after each pass over the model in turn, until one run comes through."""
-    calls, limit, score, generate = 0, 0, LM.score, LM.generate_ids
+    calls, limit, score, generate = 0, 0, LM.score, LM.write
 
     def counted(original):
         def call(*arguments, **settings):
@@ -90,7 +90,7 @@ def test_stopped_and_started_again_it_gives_the_same(
         return call
 
     monkeypatch.setattr(LM, "score", counted(score))
-    monkeypatch.setattr(LM, "generate_ids", counted(generate))
+    monkeypatch.setattr(LM, "write", counted(generate))
     weak = patches | {"weak": patches["sae"].at(0.5)}
     for _ in range(100):
         calls, limit = 0, 4

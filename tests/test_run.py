@@ -119,7 +119,7 @@ def test_the_saved_patch_is_the_calibrated_one(finished, workplace):
 
 def test_a_finished_run_is_not_run_again(finished, monkeypatch):
     output, _ = finished
-    for name in ("score", "score_texts", "generate_ids"):
+    for name in ("score", "score_texts", "write"):
         monkeypatch.setattr(LM, name, None)
     monkeypatch.setattr("concept_unlearn.methods.base.measure_all", None)
     before = contents(output)

@@ -49,14 +49,15 @@ def observe(
     """Everything that ``reads`` names, each once. ``Benchmark.observe`` says more."""
     start, here = time.perf_counter(), Processes.here()
     records = Records(folder, {} if folder is None else _what(lm, patch, judge, sets, reads), here)
-    work = _Work(lm, sets, reads, batch_size, records, here, progress)
+    judges_itself = patch is None and judge in (None, lm)
+    work = _Work(lm, sets, reads, batch_size, records, here, progress, judges_itself=judges_itself)
     with patch.on(lm) if patch is not None else contextlib.nullcontext():
         work.answers()
         work.texts()
         work.replies()
         work.gradients()
     records.gather()
-    if any("surprise" in wanted for wanted in reads.values()):
+    if not judges_itself and any("surprise" in wanted for wanted in reads.values()):
         work.judge(judge or lm)
         records.gather()
     seen = {
@@ -72,9 +73,9 @@ class _Work:
 
     def __init__(
         self, lm: LM, sets: Mapping[str, Asked], reads: Reads, batch_size: int, records: Records, here: Processes,
-        progress: Progress | None,
+        progress: Progress | None, *, judges_itself: bool,
     ) -> None:  # fmt: skip
-        self.lm, self.sets, self.reads, self.batch_size = lm, sets, reads, batch_size
+        self.lm, self.sets, self.reads, self.batch_size, self.judges_itself = lm, sets, reads, batch_size, judges_itself
         self.records, self.here, self.progress = records, here, progress
         self.counts = {"prompt_tokens": 0, "answer_tokens": 0, "written_tokens": 0}
         self._end, self._turn = end_of_answer(lm.tokenizer), -1
@@ -165,16 +166,29 @@ class _Work:
 
         def write(batch: list[tuple[Key, list[int]]], n: int) -> Found:
             prompts = [prompt for _, prompt in batch]
-            rows = self.lm.generate_ids(prompts, max_new_tokens=n, batch_size=len(batch))
+            judged = {key for key, _ in batch if "surprise" in self._fields(key)}
+            rows = self.lm.write(prompts, max_new_tokens=n, batch_size=len(batch), logprobs=bool(judged))
             self.counts["prompt_tokens"] += sum(map(len, prompts))
-            self.counts["written_tokens"] += sum(map(len, rows))
-            return {key: {"said": self._reply(key, ids)} for (key, _), ids in zip(batch, rows, strict=True)}
+            self.counts["written_tokens"] += sum(len(row.ids) for row in rows)
+            found: Found = {}
+            for (key, _), row in zip(batch, rows, strict=True):
+                found[key] = {"said": (reply := self._reply(key, row.ids))}
+                if key in judged:
+                    own = row.logprobs[: len(reply.ids)]
+                    found[key]["surprise"] = -float(own.mean()) if len(own) else None
+            return found
 
         for n, questions in sorted(asked.items()):
             questions.sort(key=lambda q: (-len(q[1]), q[0]))
             for at in range(0, len(questions), self.batch_size):
                 batch = questions[at : at + self.batch_size]
-                self._do({key: ("said",) for key, _ in batch}, partial(write, batch, n))
+                fields = {key: self._fields(key) for key, _ in batch}
+                self._do(fields, partial(write, batch, n))
+                self._told(sum(map(len, fields.values())) - len(fields))
+
+    def _fields(self, key: Key) -> tuple[Read, ...]:
+        """What comes of writing a reply: a model that nothing was done to judges as it writes."""
+        return ("said", "surprise") if self.judges_itself and "surprise" in self.reads[key.set] else ("said",)
 
     def gradients(self) -> None:
         for key, example in self._examples((Probe, Passage), "gradnorm"):

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from ..data.encode import pad
 from ..tracking import Progress
+from .forward import log_softmax
 from .locate import is_hooked, root
+from .score import score_answers
 
 
-def generate_ids(
+class Written(NamedTuple):
+    """What a model wrote behind one prompt, up to and without the first end token."""
+
+    ids: list[int]
+    logprobs: Float[Tensor, " n"]
+    """Of the ids, to the model itself, whatever they were drawn by; empty where nobody asked for them."""
+
+
+def write(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     *,
@@ -23,11 +35,14 @@ def generate_ids(
     end_ids: Sequence[int],
     batch_size: int,
     device: torch.device,
+    logprobs: bool,
     use_cache: bool = True,
     progress: Progress | None = None,
-) -> list[list[int]]:
-    """The new ids of each prompt, up to and without the first end token. ``temperature`` 0 is greedy."""
-    results: list[list[int]] = [[] for _ in prompts]
+) -> list[Written]:
+    """``temperature`` 0 is greedy. ``logprobs`` come from the passes that write, but of a HookedTransformer, whose own
+    generation lets nobody listen, from one pass more.
+    """
+    results: dict[int, Written] = {}
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     run = _hooked_transformer if is_hooked(model) and root(model) is model else _transformers
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -35,13 +50,19 @@ def generate_ids(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             rows = run(
-                model, [prompts[i] for i in batch], max_new_tokens, temperature, list(end_ids), device, use_cache
+                model,
+                [prompts[i] for i in batch],
+                max_new_tokens,
+                temperature,
+                list(end_ids),
+                device,
+                use_cache,
+                logprobs,
             )
-            for i, row in zip(batch, rows, strict=True):
-                results[i] = _until_end(row, end_ids)
+            results |= dict(zip(batch, rows, strict=True))
             if progress:
                 progress(len(batch))
-    return results
+    return [results[i] for i in range(len(prompts))]
 
 
 def _transformers(
@@ -52,7 +73,8 @@ def _transformers(
     end_ids: list[int],
     device: torch.device,
     use_cache: bool,
-) -> list[list[int]]:
+    logprobs: bool,
+) -> list[Written]:
     base: Any = root(model)
     ids, mask = pad(prompts, side="left", device=device)
     sampling: dict[str, Any] = (
@@ -60,16 +82,49 @@ def _transformers(
         if temperature
         else {"do_sample": False}
     )
-    output = base.generate(
-        input_ids=ids,
-        attention_mask=mask.long(),
-        max_new_tokens=max_new_tokens,
-        use_cache=use_cache,
-        eos_token_id=end_ids or None,
-        pad_token_id=end_ids[0] if end_ids else 0,
-        **sampling,
-    )
-    return [row[ids.shape[1] :].tolist() for row in output]
+    with _listening(base) if logprobs else nullcontext() as ear:
+        output = base.generate(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            max_new_tokens=max_new_tokens,
+            use_cache=use_cache,
+            eos_token_id=end_ids or None,
+            pad_token_id=end_ids[0] if end_ids else 0,
+            stopping_criteria=None if ear is None else [ear],
+            **sampling,
+        )
+    rows = [_until_end(row[ids.shape[1] :].tolist(), end_ids) for row in output]
+    if ear is None:
+        return [Written(row, torch.empty(0)) for row in rows]
+    heard = torch.stack(ear.logprobs, 1).cpu()
+    return [Written(row, own[: len(row)]) for row, own in zip(rows, heard, strict=True)]
+
+
+class _Ear:
+    """Hears the logits of every pass, and as a stopping criterion, which never stops, what was made of them."""
+
+    def __init__(self) -> None:
+        self.logits: Float[Tensor, "batch vocab"] | None = None
+        self.logprobs: list[Float[Tensor, " batch"]] = []
+
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        assert self.logits is not None
+        self.logprobs.append(log_softmax(self.logits).gather(-1, ids[:, -1:])[:, 0])
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+
+@contextmanager
+def _listening(model: nn.Module) -> Iterator[_Ear]:
+    ear = _Ear()
+
+    def hear(_: nn.Module, __: Any, output: Any) -> None:
+        ear.logits = output.logits[:, -1]
+
+    handle = model.register_forward_hook(hear)
+    try:
+        yield ear
+    finally:
+        handle.remove()
 
 
 def _hooked_transformer(
@@ -80,7 +135,8 @@ def _hooked_transformer(
     end_ids: list[int],
     device: torch.device,
     use_cache: bool,
-) -> list[list[int]]:
+    logprobs: bool,
+) -> list[Written]:
     rows = []
     for prompt in prompts:
         output = model.generate(
@@ -95,8 +151,14 @@ def _hooked_transformer(
             return_type="tokens",
             verbose=False,
         )
-        rows.append(output[0, len(prompt) :].tolist())
-    return rows
+        rows.append(_until_end(output[0, len(prompt) :].tolist(), end_ids))
+    if not logprobs:
+        return [Written(row, torch.empty(0)) for row in rows]
+    asked = [[row] if row else [] for row in rows]
+    scored = score_answers(model, prompts, asked, device=device, batch_size=len(prompts))
+    return [
+        Written(row, group[0].logprobs if group else torch.empty(0)) for row, group in zip(rows, scored, strict=True)
+    ]
 
 
 def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:

@@ -17,7 +17,7 @@ from ..tracking import Progress
 from . import hooks
 from .fingerprint import fingerprint
 from .forward import forward, run_until_stopped
-from .generate import generate_ids
+from .generate import Written, write
 from .hooks import EditFn
 from .load import load
 from .locate import is_hooked, locate, n_layers, root, text_config
@@ -204,7 +204,6 @@ class LM:
         )
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
 
-    @torch.no_grad()
     def generate_ids(
         self,
         prompts: Sequence[Sequence[int]],
@@ -216,7 +215,28 @@ class LM:
         use_cache: bool = True,
         progress: Progress | None = None,
     ) -> list[list[int]]:
-        return generate_ids(
+        """``generate`` from encoded prompts, without the ids that end an answer."""
+        rows = self.write(
+            prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size,
+            use_cache=use_cache, logprobs=False, progress=progress,
+        )  # fmt: skip
+        return [row.ids for row in rows]
+
+    @torch.no_grad()
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 16,
+        use_cache: bool = True,
+        logprobs: bool = True,
+        progress: Progress | None = None,
+    ) -> list[Written]:
+        """``generate_ids`` with how likely the model found each token that it wrote, from the same passes."""
+        return write(
             self.model,
             prompts,
             max_new_tokens=max_new_tokens,
@@ -225,6 +245,7 @@ class LM:
             end_ids=self.end_ids,
             batch_size=batch_size,
             device=self.device,
+            logprobs=logprobs,
             use_cache=use_cache,
             progress=progress,
         )

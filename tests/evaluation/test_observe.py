@@ -219,12 +219,17 @@ class TestReplies:
             observe(lm, {"text": Asked((Passage(text="w7 w8"),))}, {"text": frozenset(("said",))})
 
     @torch.no_grad()
+    @pytest.mark.parametrize("patched", [True, False])
     @pytest.mark.parametrize("judge", [None, make_hf("llama", 7)], ids=["itself", "another"])
-    def test_are_judged_by_a_model_without_the_patch(self, lm, judge):
+    def test_are_judged_by_a_model_without_the_patch(self, lm, judge, patched):
         sets = tiny_sets()
         judge = None if judge is None else LM(judge, make_tokenizer(), name="judge")
         reads = {"forget": frozenset(("said", "surprise"))}
-        view = observe(lm, sets, reads, patch=tiny_weight_patch(), judge=judge)
+        told = []
+        view = observe(
+            lm, sets, reads, patch=tiny_weight_patch() if patched else None, judge=judge, progress=told.append
+        )
+        assert sum(told) == 2 * len(sets["forget"].examples)
         for probe, said, found in zip(view["forget"].probes, view["forget"].said, view["forget"].surprise, strict=True):
             if not said.ids:
                 assert found is None

@@ -61,6 +61,18 @@ def test_answers_score_what_one_uncached_pass_each_gives(any_lm, batch_size):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_cache": False}, {"temperature": 1.0}], ids=["greedy", "uncached", "drawn"]
+)
+def test_what_is_written_is_as_likely_as_scoring_it_says(any_lm, settings):
+    prompts = [any_lm.encode(prompt, chat=False) for prompt in PROMPTS]
+    written = any_lm.write(prompts, max_new_tokens=6, batch_size=2, **settings)
+    assert [w.ids for w in written] == any_lm.generate_ids(prompts, max_new_tokens=6, batch_size=2, **settings)
+    for prompt, (ids, logprobs) in zip(prompts, written, strict=True):
+        torch.testing.assert_close(logprobs, brute_force(any_lm, prompt, ids), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_greedy_marks_the_tokens_that_generation_would_give(lm):
     prompt = [7, 8, 9, 10]
     (written,) = lm.generate_ids([prompt], max_new_tokens=5)

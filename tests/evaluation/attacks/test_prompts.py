@@ -59,7 +59,7 @@ def contains(ids, text):
     ids=lambda value: getattr(value, "kind", ""),
 )
 def test_what_the_attacker_says_reaches_the_model(attack, said, lm, monkeypatch):
-    seen = {"generate_ids": [], "score": []}
+    seen = {"write": [], "score": []}
     for name, calls in seen.items():
         original = getattr(LM, name)
 

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import words
 
 from concept_unlearn.errors import InvalidConfig, InvalidData
 from concept_unlearn.evaluation.benchmark import Benchmark
 from concept_unlearn.evaluation.benchmarks import MUSE
-from concept_unlearn.lm import LM
+from concept_unlearn.lm import LM, Written
 
 N = 5
 
@@ -81,7 +82,8 @@ def test_a_question_follows_answered_ones_of_its_own_table(folder: Path):
 def test_a_reply_stops_before_the_next_question(folder: Path, lm: LM, monkeypatch: pytest.MonkeyPatch):
     benchmark = muse(folder, max_verbatim_tokens=30)
     replies = [words(10, 11), "w11 w12\n\nQuestion: w1", "w12 w13\nQuestion: w12", "w13 w14 Question: w13"]
-    monkeypatch.setattr(LM, "generate_ids", lambda self, prompts, **settings: [[i] for i in range(len(prompts))])
+    written = [Written([i], torch.zeros(1)) for i in range(len(replies))]
+    monkeypatch.setattr(LM, "write", lambda self, prompts, **settings: written[: len(prompts)])
     monkeypatch.setattr(lm.tokenizer, "decode", lambda ids, **settings: replies[ids[0]], raising=False)
     view = benchmark.observe(lm, metrics=benchmark.leaks)
     said = [reply.text for reply in view["forget_questions"].said]
