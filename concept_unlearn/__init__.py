@@ -143,7 +143,10 @@ from .methods import PRESETS as PRESETS
 from .methods import Ban as Ban
 from .methods import Finetune as Finetune
 from .methods import Method as Method
+from .methods import Negate as Negate
+from .methods import SplitMerge as SplitMerge
 from .methods import Steer as Steer
+from .methods import Study as Study
 from .methods import Suppress as Suppress
 from .methods import preset as preset
 from .methods import retrain as retrain

@@ -89,7 +89,18 @@ class Component(Frozen):
         if not cls._family:
             return handler(schema)
         by_name = {"enum": sorted(name for name, member in cls.members.items() if not _requires(member))}
-        return {"anyOf": [by_name, *(_member_schema(member) for _, member in sorted(cls.members.items()))]}
+        if cls in _UNDER_WAY:  # a member with a member inside: there only the kind is checked
+            kind = {"properties": {"kind": {"enum": sorted(cls.members)}}, "required": ["kind"], "type": "object"}
+            return {"anyOf": [by_name, kind]}
+        _UNDER_WAY.append(cls)
+        try:
+            return {"anyOf": [by_name, *(_member_schema(member) for _, member in sorted(cls.members.items()))]}
+        finally:
+            _UNDER_WAY.remove(cls)
+
+
+_UNDER_WAY: list[type[Component]] = []
+"""Families whose JSON schema is being written."""
 
 
 def build(cls: type[T], fields: dict[str, Any]) -> T:

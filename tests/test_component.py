@@ -89,6 +89,23 @@ def test_the_schema_of_a_family_accepts_its_members_and_nothing_else():
             jsonschema.validate({"edit": wrong}, schema)
 
 
+def test_a_family_whose_members_hold_members_has_a_schema_that_ends():
+    class Part(Component, family=True):
+        pass
+
+    class Whole(Part):
+        inner: Part | None = None
+
+    class Holder(Frozen):
+        part: Part
+
+    schema = Holder.model_json_schema()
+    jsonschema.validate({"part": {"kind": "whole", "inner": {"kind": "whole", "inner": "whole"}}}, schema)
+    for wrong in ({"kind": "hole"}, {"kind": "whole", "inner": {"kind": "hole"}}, {"kind": "whole", "outer": None}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({"part": wrong}, schema)
+
+
 def test_adding_a_member_makes_it_known_everywhere():
     class Halve(Edit):
         def __call__(self, acts, unit):

@@ -24,7 +24,7 @@ EXPORTED = [
     "fit_gate", "Always", "Gate", "ProbeGate", "SequenceGate", "StreamingGate", "TokenGate", "LM", "Site",
     "GEffect", "PGEffect", "g_effect", "pg_effect", "trace_g_effect",
     "PRESETS", "Finetune", "PrimalDual", "Watch", "Batch", "Read", "Step",
-    "Method", "Steer", "Suppress", "preset", "FeaturePatch", "Patch", "Stack", "WeightPatch",
+    "Method", "Steer", "Study", "Suppress", "preset", "FeaturePatch", "Patch", "Stack", "WeightPatch",
     "load_patch", "merge", "Report",
     "Run", "execute", "load_run", "Corpus", "Harvest", "Live", "Store", "harvest", "Training", "train", "Recipe",
     "evaluate_dictionary", "Architecture", "Codebook", "CodebookPatch", "Ban", "StandardArchitecture",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import importlib
+import importlib.util
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -37,6 +40,36 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override one key, e.g. method.n=20 or training.lr=1e-4. Repeatable.")
 ]
 Spec = Annotated[str, typer.Option(help="A component by name or as YAML, e.g. 'clamp' or '{kind: clamp, to: -50}'.")]
+
+
+@app.callback()
+def begin(
+    load: Annotated[
+        list[str] | None,
+        typer.Option(help="A module or .py file of yours, whose components are then known by name. Repeatable."),
+    ] = None,
+) -> None:
+    for name in load or ():
+        load_module(name)
+
+
+def load_module(name: str) -> None:
+    """Run a module once, by its dotted name or its file, so that it registers its components. Raises InvalidConfig."""
+    path = Path(name).expanduser()
+    if path.suffix != ".py":
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise InvalidConfig(f"--load {name}: {error}; give a .py file, or a module that Python finds") from None
+        return
+    if not path.is_file():
+        raise InvalidConfig(f"--load {name}: there is no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
 
 
 def main() -> None:
