@@ -13,13 +13,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from concept_unlearn.cli import app
 from concept_unlearn.config import load_config
 from concept_unlearn.errors import InvalidConfig, SiteNotFound, UnknownName
 from concept_unlearn.lm import LM
 from concept_unlearn.patches import load_patch
 from concept_unlearn.recipe import Recipe
 from concept_unlearn.run import Run, execute, load_run
+from concept_unlearn.sequence import SequenceRun
 from concept_unlearn.training import Loop
 
 pytestmark = pytest.mark.filterwarnings("ignore:no strength of (means|leace) keeps what was asked")
@@ -141,7 +144,7 @@ def test_a_change_of_what_matters_is_run_again(finished, workplace, tmp_path):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_configs_that_come_with_the_project_are_valid(path):
     schema = re.match(r"# yaml-language-server: \$schema=(\w+)\.schema\.json\n", path.read_text())
-    kind = {"run": Run, "recipe": Recipe}[schema[1]]
+    kind = {"run": Run, "recipe": Recipe, "sequence": SequenceRun}[schema[1]]
     assert load_config(kind, path)
 
 
@@ -244,3 +247,50 @@ class TestBadInput:
             execute(load_run(config(workplace, tmp_path / "a"), ["method.dictionaries=[nowhere]"]))
         with pytest.raises(UnknownName, match="no concept named 'nothing'"):
             execute(load_run(config(workplace, tmp_path / "a"), ["scope=nothing"]))
+
+
+class TestSettings:
+    def test_overlay_the_common_config_by_name(self, workplace, tmp_path):
+        on = {
+            "a": {"compare": {"means": None, "own": {"kind": "steer", "sites": ["resid_post.2"]}}},
+            "b": {"scope": "chess", "calibration": None},
+        }
+        run = load_run(config(workplace, tmp_path / "out", on=on))
+        a, b = run.settings["a"], run.settings["b"]
+        assert (set(a.compare), set(b.compare)) == ({"leace", "own"}, {"means", "leace"})
+        assert (a.output, b.output) == (tmp_path / "out" / "a", tmp_path / "out" / "b")
+        assert (a.scope, b.scope, b.calibration) == (run.scope, "chess", None)
+        assert a.calibration == run.calibration
+        assert not a.on
+
+    def test_without_any_is_the_run_itself(self, workplace, tmp_path):
+        run = load_run(config(workplace, tmp_path / "out"))
+        assert run.settings == {"": run}
+
+    @pytest.mark.parametrize(
+        ("on", "said"),
+        [
+            ({"a": {"output": "x"}}, "on.a: a setting has no 'output' of its own"),
+            ({"a/b": {}}, "a setting's name is a folder's"),
+            ({"a": {"compare": {"npo": {"kind": "npoo"}}}}, "on.a: no method named 'npoo'"),
+        ],
+    )
+    def test_that_make_no_sense_are_refused(self, workplace, tmp_path, on, said):
+        with pytest.raises(InvalidConfig, match=said):
+            load_run(config(workplace, tmp_path / "out", on=on))
+
+    def test_are_run_one_after_another_and_shown_together(self, workplace, tmp_path):
+        only = {"calibration": None, "benchmark": {"max_probes": 2, "max_passages": 2}}
+        on = {"a": {"compare": {"means": None}}, "b": {"compare": {"leace": None}}}
+        path = config(workplace, tmp_path / "out", on=on, **only)
+        result = CliRunner().invoke(app, ["run", str(path)])
+        assert result.exit_code == 0, result.output
+        for name in ("a", "b"):
+            assert (tmp_path / "out" / name / "report.html").is_file()
+        table = (tmp_path / "out" / "overview.md").read_text()
+        assert [line.split(" | ")[0] for line in table.splitlines()[2:6]] == [
+            "| untouched",
+            "| sae",
+            "| leace",
+            "| means",
+        ]

@@ -23,14 +23,23 @@ def run(
 
     A run that was stopped goes on where it was when it is started again.
     """
+    from ..report import Overview
     from ..run import execute, load_run
 
-    wanted = load_run(config, set_ or [])
-    with quiet(), bars() as track:
-        report = execute(wanted, tracker=track)
-    console.print(report.table())
-    patch = wanted.output / ("patch" if (wanted.output / "patch").is_dir() else "patches")  # of seeds there are several
-    console.print(f"\nreport: {wanted.output / 'report.html'}   patch: {patch}")
+    wanted, reports = load_run(config, set_ or []), {}
+    for name, run in wanted.settings.items():
+        with quiet(), bars() as track:
+            reports[name] = report = execute(run, tracker=track)
+        if name:
+            console.rule(name)
+        console.print(report.table())
+        patch = run.output / ("patch" if (run.output / "patch").is_dir() else "patches")  # of seeds there are several
+        console.print(f"\nreport: {run.output / 'report.html'}   patch: {patch}")
+    if len(reports) > 1:
+        overview = Overview(reports)
+        console.rule("all settings")
+        console.print(overview.table())
+        console.print(f"\noverview: {overview.save(wanted.output)}")
 
 
 @app.command()

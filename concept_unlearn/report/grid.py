@@ -50,9 +50,12 @@ def columns(report: Report) -> list[Line]:
     return named or [line_of(report, metric) for metric in dict.fromkeys((report.headline, report.keeps))]
 
 
-def grid(report: Report) -> list[Row]:
-    """The untouched and the retrained model; every method, and beneath it how it was made and its seeds."""
-    table = _Table(report)
+def grid(report: Report, lines: Sequence[Line] | None = None) -> list[Row]:
+    """The untouched and the retrained model; every method, and beneath it how it was made and its seeds.
+
+    A cell for each of ``lines``, by default ``columns(report)``.
+    """
+    table = _Table(report, columns(report) if lines is None else lines)
     found = [table.row("base", ("untouched",), [report.base])]
     if report.retrained:
         found.append(table.row("retrained", ("retrained",), [report.retrained]))
@@ -62,8 +65,8 @@ def grid(report: Report) -> list[Row]:
 
 
 class _Table:
-    def __init__(self, report: Report) -> None:
-        self.report, self.columns, self.headline = report, columns(report), line_of(report, report.headline)
+    def __init__(self, report: Report, lines: Sequence[Line]) -> None:
+        self.report, self.columns, self.headline = report, lines, line_of(report, report.headline)
 
     def method(self, name: str, entries: Sequence[Entry], mark: int) -> list[Row]:
         found = [self.row("method", (name,), entries, mark)]

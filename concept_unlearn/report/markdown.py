@@ -16,18 +16,18 @@ def render(report: Report) -> str:
     heads += [*(["worst case"] if is_attacked else []), *(["gap to retrained"] if report.retrained else [])]
     lines = [heads, ["---", *("---:" for _ in heads[1:])]]
     for row in rows:
-        cells = [_escaped(row.name), *map(_cell, row.cells), row.strength.text]
+        cells = [escaped(row.name), *map(_cell, row.cells), row.strength.text]
         cells += [_worst(row)] if is_attacked else []
         cells += [row.gap.value] if report.retrained else []
         lines.append(cells)
-    lines[0] = [_escaped(head) for head in heads]
+    lines[0] = [escaped(head) for head in heads]
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     return f"{table}\n{_note(report, is_attacked)}\n"
 
 
 def _note(report: Report, is_attacked: bool) -> str:
-    label = _escaped(line_of(report, report.headline).label)
-    note = f"{_escaped(report.benchmark)}, {_escaped(report.model)}. Brackets: 95 % intervals."
+    label = escaped(line_of(report, report.headline).label)
+    note = f"{escaped(report.benchmark)}, {escaped(report.model)}. Brackets: 95 % intervals."
     if any(len(group) > 1 for group in report.groups.values()):
         note += " Over seeds: mean ± standard deviation."
     if is_attacked:
@@ -40,9 +40,9 @@ def _cell(cell: Cell) -> str:
 
 
 def _worst(row: Row) -> str:
-    return f"{row.worst.text} ({_escaped(row.worst.beside)})" if row.worst.beside else row.worst.text
+    return f"{row.worst.text} ({escaped(row.worst.beside)})" if row.worst.beside else row.worst.text
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """On one line, and nothing in it taken for a column, a tag or emphasis."""
     return re.sub(r"([\\|`*<\[\]])", r"\\\1", " ".join(text.split()))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PlainSerializer, field_validator, model_validator
 
 from ..component import Frozen, build
 from ..config import ModelSpec, load_config
-from ..errors import InvalidConfig
+from ..errors import ConceptUnlearnError, InvalidConfig
 from ..evaluation.attacks import Attack
 from ..evaluation.benchmark import Benchmark
+from ..evaluation.protocol import attacks_of, calibration_of
 from ..methods import Method
 
 
@@ -22,7 +23,9 @@ class CalibrationSpec(Frozen):
     ``metric`` (0.95).
     """
     metric: str | None = None
-    """Of ``benchmark``, higher where more is kept; by default the one that the benchmark itself keeps."""
+    """Of ``benchmark``, higher where more is kept; by default the one that the benchmark itself keeps. One without a
+    set, such as ``probability``, is of the set that it keeps.
+    """
     benchmark: Benchmark | None = None
     """What to calibrate on, apart from what is reported. A run on a concept has the tuning half of its scope."""
     max_perplexity: float = 1.01
@@ -45,6 +48,8 @@ class BenchmarkSpec(Frozen):
     batch_size: int = 32
 
 
+_BY_NAME = ("compare", "attacks")
+
 Judge = Annotated[
     BenchmarkSpec | Benchmark,
     PlainSerializer(lambda judge: judge.spec() if isinstance(judge, Benchmark) else judge.model_dump(mode="json")),
@@ -63,22 +68,36 @@ class Run(Frozen):
     compare: dict[str, Method] = Field(default_factory=dict)
     """Other methods to stand beside it, by name."""
     calibration: CalibrationSpec | None = CalibrationSpec()
-    """None leaves every patch at full strength."""
+    """None leaves every patch at full strength; ``uwc`` keeps extraction strength, as Unlearning with Control does."""
     benchmark: Judge = Field(BenchmarkSpec(), union_mode="left_to_right")
     """Any benchmark, or settings of the concept benchmark, which reports on one half of the scope."""
     attacks: dict[str, Attack] = Field(default_factory=dict)
-    """What every method has to stand, by name."""
+    """What every method has to stand, by name; or ``survey``, for those of a protocol."""
     retrained: ModelSpec | None = None
     """A model that never saw what is to be forgotten, from which every gap is taken."""
     seeds: tuple[int, ...] = ()
     """Methods that draw anything are made once for each; the method's own seed where empty."""
     output: Path = Path("runs/run")
+    on: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """The same methods in several settings, by name: keys of this config to put in place there. Mappings are added to
+    (``compare: {npo: null}`` leaves one out), and each setting has a folder of its own in ``output``.
+    """
 
     @field_validator("benchmark", mode="before")
     @classmethod
     def _parse(cls, value: Any) -> Any:
         named = isinstance(value, str) or (isinstance(value, dict) and "kind" in value)
         return Benchmark.parse(value) if named else build(BenchmarkSpec, value) if isinstance(value, dict) else value
+
+    @field_validator("attacks", mode="before", json_schema_input_type=dict[str, Attack] | Literal["survey"])
+    @classmethod
+    def _named_attacks(cls, value: Any) -> Any:
+        return attacks_of(value) if isinstance(value, str) else value
+
+    @field_validator("calibration", mode="before", json_schema_input_type=CalibrationSpec | Literal["uwc"] | None)
+    @classmethod
+    def _named_calibration(cls, value: Any) -> Any:
+        return calibration_of(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -95,7 +114,40 @@ class Run(Frozen):
             raise InvalidConfig(
                 f"calibration.metric ({spec.metric}) goes with a benchmark; a scope is kept by its probes and passages"
             )
+        for name in self.on:
+            if not name or "/" in name:
+                raise InvalidConfig(f"a setting's name is a folder's, without a '/'; given: {name!r}")
+        _ = self.settings
         return self
+
+    @property
+    def settings(self) -> dict[str, Run]:
+        """A run for each setting; the run itself, under no name, where there is none."""
+        if not self.on:
+            return {"": self}
+        common = self.model_dump(mode="json", exclude={"on", "output"})
+        found = {}
+        for name, own in self.on.items():
+            if odd := [key for key in own if key in ("on", "output")]:
+                raise InvalidConfig(f"on.{name}: a setting has no {odd[0]!r} of its own")
+            try:
+                found[name] = build(Run, _overlaid(common, own) | {"output": self.output / name})
+            except ConceptUnlearnError as error:
+                raise InvalidConfig(f"on.{name}: {error}") from None
+        return found
+
+
+def _overlaid(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """``own`` over ``common``: mappings of names key by key, components and all else as a whole."""
+    found = dict(common)
+    for key, value in own.items():
+        below = found.get(key)
+        if key in _BY_NAME and isinstance(value, dict) and isinstance(below, dict):
+            merged = {**below, **value}
+            found[key] = {name: inner for name, inner in merged.items() if inner is not None}
+        else:
+            found[key] = value
+    return found
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
