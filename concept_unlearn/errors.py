@@ -13,6 +13,7 @@ ConceptUnlearnError
 ├── Diverged                a training that destroys what it should keep
 ├── PatchMismatch           a patch made for another base model
 ├── PatchNotReached         an edit that no longer reaches its site
+├── EndpointFailed          a model behind an address that does not answer, or not what was asked
 ├── CorruptArtifact         a saved file that is truncated, altered or incomplete
 └── MissingExtra            an optional package that is not installed
 """
@@ -71,6 +72,9 @@ class PatchMismatch(ConceptUnlearnError, ValueError): ...
 
 
 class PatchNotReached(ConceptUnlearnError, RuntimeError): ...
+
+
+class EndpointFailed(ConceptUnlearnError, ConnectionError): ...
 
 
 class CorruptArtifact(ConceptUnlearnError, OSError): ...

@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 
 from concept_unlearn.data.scope import Scope
-from concept_unlearn.lm import LM
+from concept_unlearn.lm import LM, Site
 
 VOCAB = 48
 D_MODEL = 16
@@ -228,6 +228,24 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
         out_near=_known(lm, NEAR), out_far=_known(lm, FAR),
     )  # fmt: skip
     return Planted(lm, scope, str(root / "first"), str(root / "second"))
+
+
+@pytest.fixture(scope="session")
+def codes(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A codebook of the planted model, in a folder: a code for each word, which it writes wherever that word stands."""
+    from concept_unlearn.dictionaries.codebook import Codebook
+
+    eye, embedding = torch.eye(D_MODEL), planted.lm.model.model.embed_tokens.weight.detach()
+    site = Site("resid_pre", 0)
+    codebook = Codebook(site=site, d_in=D_MODEL, d_code=2 * D_MODEL, sizes=(VOCAB,), n_active=1)
+    codebook.load_state_dict({
+        "W_enc": torch.cat([eye, -eye], 1), "b_enc": torch.zeros(2 * D_MODEL), "b_dec": torch.zeros(D_MODEL),
+        "codes": torch.cat([embedding, -embedding], 1).relu(), "W_dec": torch.cat([eye, -eye], 0),
+    })  # fmt: skip
+    assert torch.allclose(codebook(embedding), embedding, atol=1e-3)
+    folder = tmp_path_factory.mktemp("codebook")
+    codebook.save(folder)
+    return str(folder)
 
 
 def _known(lm: LM, starts: range, step: int = 1) -> list[dict[str, Any]]:

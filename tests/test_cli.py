@@ -57,6 +57,23 @@ def test_finetune_then_evaluate_then_bake(workplace, tmp_path):
         load_patch(tmp_path / "npo", LM.load(str(tmp_path / "baked")))
 
 
+def test_a_sequence_of_requests_goes_on_and_leaves_a_table_and_a_patch(workplace, tmp_path):
+    settings = {
+        "model": {"name": str(workplace / "model"), "device": "cpu"},
+        "requests": [str(workplace / "scope"), {"kind": "concept", "scope": str(workplace / "scope"), "half": "tune"}],
+        "method": {"preset": "grad_diff", "lr": 1e-2, "max_steps": 2},
+        "benchmark": {"max_probes": 4, "max_passages": 2},
+        "output": str(tmp_path / "out"),
+    }
+    (tmp_path / "sequence.yaml").write_text(yaml.safe_dump(settings))
+    out = shell("sequence", tmp_path / "sequence.yaml", "--set", "fixed_reference=true")
+    for expected in ("scope left", "scope 2 left", "kept", "gibberish", "the untouched model", "sequence.md"):
+        assert expected in out
+    assert shell("sequence", tmp_path / "out" / "config.yaml") == out
+    patch = load_patch(tmp_path / "out" / "patch", LM.load(str(workplace / "model"), device="cpu"))
+    assert patch.kind == "stack"
+
+
 def test_finetune_takes_a_file_and_refuses_other_methods(workplace, tmp_path):
     common = ("--model", workplace / "model", "--scope", workplace / "scope", "--output", tmp_path / "patch")
     (tmp_path / "mine.yaml").write_text("{kind: finetune, objectives: [{kind: ga, weight: 0.1}, retain_kl]}")
@@ -114,7 +131,7 @@ def test_list_names_what_is_built_in():
         assert name in out
 
 
-@pytest.mark.parametrize("what", ["run", "recipe"])
+@pytest.mark.parametrize("what", ["run", "recipe", "sequence"])
 def test_the_schema_is_json_and_the_committed_one_is_up_to_date(what):
     committed = Path(__file__).parents[1] / "configs" / f"{what}.schema.json"
     assert json.loads(committed.read_text()) == json.loads(shell("schema", what))
@@ -122,6 +139,7 @@ def test_the_schema_is_json_and_the_committed_one_is_up_to_date(what):
 
 VERBS = (
     "run",
+    "sequence",
     "unlearn",
     "evaluate",
     "rank",

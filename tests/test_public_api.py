@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import concept_unlearn
-from concept_unlearn import Architecture, Attack, Benchmark, Edit, Gate, Method, Metric, Objective, Score
+from concept_unlearn import Architecture, Attack, Benchmark, Edit, Gate, Method, Metric, Objective, Score, WeightScore
 from concept_unlearn.edits import Relative
 
 EXPORTED = [
@@ -42,9 +42,13 @@ EXPORTED = [
     "MembershipClassifier", "ModelUtility", "Perplexity", "PrivLeak", "Probability", "RankedAccuracy", "Repetitive",
     "Rouge", "TokenEntropy", "Touched", "TruthRatio", "closer_look_utility", "normalised_improvement_drop",
     "retrain_gap", "robustness", "tofu_utility", "wagle_efficacy", "wagle_utility", "wmdp_efficacy",
-    "SwitchOff",
+    "SwitchOff", "Mask", "WeightScore", "GradientWeightScore", "MagnitudeWeightScore", "RandomWeightScore",
+    "SnipWeightScore", "WagleWeightScore", "WandaWeightScore", "CRISP", "Distil", "Difference", "difference",
+    "Follow", "LowerFeatures", "Negate", "SplitMerge", "Sequential", "SequenceReport", "SequenceRun", "load_sequence",
+    "BlackBox", "Corrupt", "PromptPatch", "Offset", "LogitPatch",
+    "Expert", "ExpertPatch", "EUL", "Depart", "AdapterPatch", "fuse",
 ]  # fmt: skip
-FAMILIES = [Edit, Gate, Score, Method, Architecture, Objective, Attack, Benchmark, Metric]
+FAMILIES = [Edit, Gate, Score, Method, Architecture, Objective, Attack, Benchmark, Metric, WeightScore]
 MEMBERS = [(family, member) for family in FAMILIES for member in family.members.values()]
 GIVEN = {
     "scale": {"by": -6.0},
@@ -55,6 +59,9 @@ GIVEN = {
     **{kind: {"d_sae": 8} for kind in ("standard", "gated", "jumprelu", "topk", "batchtopk")},
     "matryoshka_batchtopk": {"d_sae": 8, "matryoshka_widths": (2, 8)},
     "finetune": {"objectives": ({"kind": "npo", "beta": 0.5}, "retain_nll"), "lr": 2e-5, "watch": {"keep": 0.9}},
+    "crisp": {"dictionaries": ("a",), "adapter": None},
+    "distil": {"teacher": {"preset": "dsg", "dictionaries": ("a",)}, "held_out": 0.2},
+    "lower_features": {"dictionary": "a", "features": (1, 2)},
     "concept": {"scope": "chess"},
     "survey": {"scope": "astronomy"},
     "multiple_choice": {"forget": "cais/wmdp/wmdp-bio"},
@@ -62,6 +69,10 @@ GIVEN = {
     "gap": {"of": {"kind": "probability"}},
     "average": {"terms": ({"kind": "probability"},)},
     "model_utility": {"terms": ({"kind": "probability", "on": "retain"},)},
+    "split_merge": {"method": {"kind": "negate", "lr": 2e-5}, "by": "author", "weights": {"198": 0.5}},
+    "offset": {"small": "somewhere", "adapter": {"r": 4}, "alpha": 0.5},
+    "eul": {"layers": (7, 8), "gate": "probe", "labels": {"yes": ("Yes",), "no": ("No",)}},
+    "expert": {"layers": (3, 5), "width": 16, "routing": {"false_positives": 0.05}},
     "steer": {"sites": ("resid_post.1",), "edit": {"kind": "shift", "by": -2}},
 }
 

@@ -7,6 +7,7 @@ They are imported in the order in which ``--help`` names them.
 from .app import app as app
 from .app import main as main
 from . import unlearning as unlearning
+from . import sequence as sequence
 from . import judging as judging
 from . import lm_eval as lm_eval
 from . import dictionaries as dictionaries

@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 
 import typer
 import yaml
+from pydantic import BaseModel
 from rich.table import Table
 
 from .app import app, bars, console, quiet
 
-Config = Literal["run", "recipe"]
+Config = Literal["run", "recipe", "sequence"]
 
 
 @app.command()
@@ -39,13 +40,14 @@ def list_() -> None:
     from ..lm.embedded import EMBEDDED
     from ..methods import PRESETS, Method
     from ..objectives import Objective
+    from ..weights import WeightScore
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for what, names in (
         ("models", EMBEDDED), ("concepts", concepts()), ("dictionaries", shipped()), ("scores", Score.members),
-        ("edits", Edit.members), ("gates", Gate.members), ("methods", Method.members),
-        ("objectives", Objective.members), ("presets", PRESETS), ("benchmarks", Benchmark.members),
-        ("metrics", Metric.members), ("attacks", Attack.members),
+        ("weight scores", WeightScore.members), ("edits", Edit.members), ("gates", Gate.members),
+        ("methods", Method.members), ("objectives", Objective.members), ("presets", PRESETS),
+        ("benchmarks", Benchmark.members), ("metrics", Metric.members), ("attacks", Attack.members),
         ("architectures to train", Architecture.members),
     ):  # fmt: skip
         table.add_row(f"[bold]{what}[/bold]", ", ".join(names))
@@ -66,9 +68,10 @@ def show(name: Annotated[str, typer.Argument(help="A preset, see the list verb."
 
 @app.command()
 def schema(what: Annotated[Config, typer.Argument(help="Of which kind of config.")] = "run") -> None:
-    """The JSON schema of a run's or a recipe's config, for editors."""
+    """The JSON schema of a run's, a recipe's or a sequence's config, for editors."""
     from ..recipe import Recipe
     from ..run import Run
+    from ..sequence import SequenceRun
 
-    kind = Run if what == "run" else Recipe
-    sys.stdout.write(json.dumps(kind.model_json_schema(), indent=1) + "\n")
+    kinds: dict[str, type[BaseModel]] = {"run": Run, "recipe": Recipe, "sequence": SequenceRun}
+    sys.stdout.write(json.dumps(kinds[what].model_json_schema(), indent=1) + "\n")

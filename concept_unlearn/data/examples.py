@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from pydantic import field_validator, model_validator
+from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from ..component import Frozen, build
 from ..errors import ConceptUnlearnError, InvalidData
@@ -25,6 +25,26 @@ class Passage(Frozen):
     """The user's message that the text replies to; none for plain prose."""
     alternates: tuple[str, ...] = ()
     """Other replies, plausible and wrong, for methods that teach one in place of the text."""
+    attributes: tuple[tuple[str, str], ...] = ()
+    """What is known about it, to tell passages apart: given and written down as a mapping such as {author: Kafka}."""
+
+    @field_validator("attributes", mode="before")
+    @classmethod
+    def _in_order(cls, given: Any) -> Any:
+        if given is None:  # as a table has it whose other rows have some
+            return ()
+        if not isinstance(given, Mapping):
+            return given
+        known = {str(name): value for name, value in given.items() if value is not None}
+        if odd := [name for name, value in known.items() if not isinstance(value, str | int | float)]:
+            raise ValueError(f"an attribute is text or a number; given for {odd[0]!r}: {known[odd[0]]!r}")
+        return tuple(sorted((name, str(value)) for name, value in known.items()))
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Attributes as a mapping, and not at all where there are none."""
+        found = {key: value for key, value in handler(self).items() if key != "attributes"}
+        return found | ({"attributes": dict(self.attributes)} if self.attributes else {})
 
     @field_validator("text")
     @classmethod
@@ -37,6 +57,9 @@ class Passage(Frozen):
     def key(self) -> str:
         """What decides which half of a scope it falls into."""
         return self.prompt or self.text
+
+    def attribute(self, name: str) -> str | None:
+        return dict(self.attributes).get(name)
 
 
 class Probe(Frozen):
@@ -110,11 +133,11 @@ def normalise(text: str) -> str:
 
 
 def to_passage(record: Any) -> Passage:
-    """A string, ``{text, prompt?}`` or ``{question, answer}``."""
+    """A string, ``{text, prompt?, attributes?}`` or ``{question, answer, attributes?}``."""
     if isinstance(record, str):
         record = {"text": record}
     if isinstance(record, dict) and {"question", "answer"} <= set(record):
-        record = {"prompt": record["question"], "text": record["answer"]}
+        record = {"prompt": record["question"], "text": record["answer"], "attributes": record.get("attributes")}
     return record if isinstance(record, Passage) else _from_dict(Passage, record)
 
 

@@ -8,7 +8,7 @@
     out_near.jsonl   probes of neighbouring knowledge, kept                                    optional
     out_far.jsonl    probes of general knowledge, kept                 the built-in ones where absent
 
-A passage is ``{"text", "prompt"?}``, a probe ``{"prompt", "answers", "distractors"?, "chat"?}``.
+A passage is ``{"text", "prompt"?, "attributes"?}``, a probe ``{"prompt", "answers", "distractors"?, "chat"?}``.
 """
 
 from __future__ import annotations
@@ -137,6 +137,16 @@ class Scope:
     def keeping_half(self) -> Scope:
         """All that is to be forgotten, and of the passages to keep the half that ``halves`` gives to ``tune``."""
         near, retain = _deal(self.near)[0], _deal(self.retain)[0]
+        return replace(self, near=near, retain=retain)
+
+    def without(self, passages: Iterable[Passage]) -> Scope:
+        """Keeps none of these passages; what is to be forgotten stays. Raises EmptyData where nothing is kept then."""
+        gone = set(map(_content, passages))
+        near, retain = (tuple(p for p in part if _content(p) not in gone) for part in (self.near, self.retain))
+        if (near, retain) == (self.near, self.retain):
+            return self
+        if not retain:
+            raise EmptyData(f"scope {self.name!r} keeps nothing but what was to be forgotten before")
         return replace(self, near=near, retain=retain)
 
     @classmethod

@@ -126,12 +126,14 @@ class Benchmark(Component, family=True):
         return {m.name: m(view) for m in (self.metrics if metrics is None else metrics)}
 
     def metric(self, name: str) -> Metric:
+        """By its name; without a set, that of the set which the benchmark keeps. Raises UnknownName."""
         from ..errors import UnknownName
 
         found = {m.name: m for m in self.metrics}
-        if name not in found:
-            raise UnknownName(f"metric of {self.name}", name, found)
-        return found[name]
+        full = name if "/" in name else f"{self.keeps.on}/{name}"
+        if full not in found:
+            raise UnknownName(f"metric of {self.name}", full, found)
+        return found[full]
 
     def n_steps(self, metrics: Sequence[Metric] | None = None) -> int:
         """How often ``progress`` will have been told of one more."""

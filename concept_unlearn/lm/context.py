@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class Memory:
     histories: dict[str, Float[Tensor, "batch time"]] = field(default_factory=dict)
     start: int = 0
     """Position at which the histories begin: above 0 when the patch was switched on in mid-sequence."""
+    caches: dict[str, Any] = field(default_factory=dict)
+    """Key-value caches of other models that read the same sequences."""
 
     def add(self, name: str, value: Tensor) -> Tensor:
         """The running total of ``value``."""
@@ -64,12 +66,21 @@ class Memory:
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         self.rows = {name: change(value) for name, value in self.rows.items()}
         self.histories = {name: change(value) for name, value in self.histories.items()}
+        for cache in self.caches.values():
+            for layer in cache.layers:
+                if layer.keys is not None:
+                    layer.keys, layer.values = change(layer.keys), change(layer.values)
 
     def crop(self, length: int) -> None:
         self.histories = {n: value[:, : max(length - self.start, 0)] for n, value in self.histories.items()}
+        for name, cache in list(self.caches.items()):
+            if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+                del self.caches[name]  # it has let go of what the window left behind
+            else:
+                cache.crop(-max(cache.get_seq_length() - length, 0))
 
     def clear(self, start: int = 0) -> None:
-        self.rows, self.histories, self.start = {}, {}, start
+        self.rows, self.histories, self.caches, self.start = {}, {}, {}, start
 
     @property
     def batch(self) -> int | None:
@@ -205,23 +216,40 @@ class Follower:
         self.close()
         self._known = weakref.ref(cache)
         for name, change in _ROW_CHANGES.items():
-            original = getattr(cache, name, None)
-            if original is None:
-                continue
+            if hasattr(cache, name):
+                self._unwrap.append(_listen(cache, name, partial(self._change, change)))
 
-            def wrapped(argument: Any, *, _original: Any = original, _change: Any = change) -> Any:
-                self.memory.apply(lambda value: _change(value, argument))
-                return _original(argument)
+    def _change(self, change: Callable[[Tensor, Any], Tensor], argument: Any) -> None:
+        self.memory.apply(lambda value: change(value, argument))
 
-            setattr(cache, name, wrapped)
-        ref = self._known
 
-        def unwrap() -> None:
-            if (followed := ref()) is not None:
-                for name in _ROW_CHANGES:
-                    followed.__dict__.pop(name, None)
+def _listen(cache: Any, name: str, listener: Callable[[Any], None]) -> Callable[[], None]:
+    """Have ``listener`` hear the argument of every call of this method. Returns what takes it away again."""
+    if name not in vars(cache):
+        setattr(cache, name, _Heard(getattr(cache, name)))
+    vars(cache)[name].listeners.append(listener)
+    ref = weakref.ref(cache)  # whoever listens does not keep the cache alive
 
-        self._unwrap.append(unwrap)
+    def take_away() -> None:
+        if (followed := ref()) is not None:
+            listeners = vars(followed)[name].listeners
+            listeners.remove(listener)
+            if not listeners:
+                del vars(followed)[name]
+
+    return take_away
+
+
+class _Heard:
+    """A cache's method, and who hears of its calls: followers of one cache do not stand in each other's way."""
+
+    def __init__(self, original: Callable[[Any], Any]) -> None:
+        self.original, self.listeners = original, list[Callable[[Any], None]]()
+
+    def __call__(self, argument: Any) -> Any:
+        for listener in self.listeners:
+            listener(argument)
+        return self.original(argument)
 
 
 _ROW_CHANGES: dict[str, Callable[[Tensor, Any], Tensor]] = {

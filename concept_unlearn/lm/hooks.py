@@ -13,12 +13,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import PatchNotReached
+from ..errors import NotExact, PatchNotReached
 from .context import Context, Follower, find_embedding
 from .locate import Place, is_hooked, locate, root
 from .site import Site
 
 EditFn = Callable[[Float[Tensor, "batch seq d"], Context], Float[Tensor, "batch seq d"]]
+LogitsFn = Callable[[Float[Tensor, "batch kept vocab"], Context, "int | Tensor"], Float[Tensor, "batch kept vocab"]]
+"""Of logits at the last positions, as many as the number says, or at those that the tensor names."""
 
 
 class Stopped(Exception):
@@ -44,6 +46,77 @@ def editing(
         for site, fn in edits.items():
             stack.callback(_hook(places[site], _with_context(fn, follower)).remove)
         yield
+
+
+@contextmanager
+def editing_logits(model: nn.Module, fn: LogitsFn, bos_id: int | None, chat_head: Sequence[int] = ()) -> Iterator[None]:
+    """Every forward pass inside the block says what ``fn`` makes of its logits.
+
+    Raises NotExact for an encoder-decoder and for a model that caps its logits where no hook reaches.
+    """
+    _refuse_warm_compile(model)
+    base: Any = _as_called(model)
+    if bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False)):
+        raise NotExact(f"{type(base).__name__} is an encoder-decoder: only the logits of decoders are edited")
+    hooked = is_hooked(base)
+    if hooked and (base.cfg.output_logits_soft_cap or 0) > 0:
+        raise NotExact(f"{type(base).__name__} caps its logits after the unembedding: use the Hugging Face model")
+    follower = Follower(bos_id, chat_head)
+    module = base.unembed if hooked else base
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if hooked:
+            return fn(output, follower.context(args[0]), args[0].shape[1])
+        return _say(output, args, kwargs, follower, fn, base)
+
+    with ExitStack() as stack:
+        stack.callback(follower.close)
+        for handle in _watch(base, follower):
+            stack.callback(handle.remove)
+        stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+        stack.callback(_EDITED.remove, id(module))
+        _EDITED.append(id(module))
+        yield
+
+
+_EDITED: list[int] = []
+"""By id, the modules whose logits are edited, as often as they are."""
+
+
+def edits_logits(model: nn.Module) -> bool:
+    """Whether what the model says is not what its head makes of its last hidden state, because of a patch."""
+    base = _as_called(model)
+    return id(base.unembed if is_hooked(base) else base) in _EDITED
+
+
+def _as_called(model: nn.Module) -> Any:
+    """The module that every pass goes through, also of a compiled model, which generates with what it compiled."""
+    base = root(model)
+    return getattr(base, "_orig_mod", base)
+
+
+def _say(
+    output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], follower: Follower, fn: LogitsFn, base: Any
+) -> Any:
+    """The output of a Hugging Face model with its logits, and its loss where it has one, made anew."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if ids is None or not hasattr(output, "logits"):
+        raise PatchNotReached(
+            f"a patch of logits reads the tokens: call {type(base).__name__} with input_ids, not with embeddings, and "
+            "leave return_dict alone"
+        )
+    follower.see_ids(ids)
+    context, logits = follower.context(ids), output.logits
+    kept = kwargs.get("logits_to_keep", 0)
+    said = fn(logits, context, kept if isinstance(kept, Tensor) else logits.shape[1])
+    if said is not logits:
+        output.logits = said
+        if getattr(output, "loss", None) is not None:
+            output.loss = base.loss_function(
+                logits=said, labels=kwargs["labels"], vocab_size=base.config.get_text_config().vocab_size
+            )
+    return output
 
 
 @contextmanager

@@ -44,6 +44,38 @@ def locate(model: nn.Module, site: Site) -> Place:
     return _locate_hook_point(model, site) if is_hooked(model) else _locate_module(model, site)
 
 
+def locate_units(model: nn.Module, layer: int) -> Place:
+    """The hidden units of a dense feed-forward: what its last linear map reads. Raises SiteNotFound."""
+    place = locate(model, Site("mlp_in", layer))
+    if is_hooked(model):
+        block: Any = model.blocks[layer]  # type: ignore[index]
+        point = getattr(block.mlp, "hook_post", None)
+        if not isinstance(point, nn.Module):
+            raise SiteNotFound(f"{type(model).__name__}: the feed-forward of block {layer} has no hook_post")
+        return Place(point, "out")
+    for module in (locate(model, Site("mlp_out", layer)).module, place.module):  # the branch's norm; OPT's fc1 and fc2
+        linear = [m for m in module.modules() if not any(m.children()) and _is_matrix(getattr(m, "weight", None))]
+        if linear:
+            return Place(linear[-1], "in")
+    raise SiteNotFound(f"{type(place.module).__name__} of block {layer} has no linear map whose hidden units to read")
+
+
+def find_router(model: nn.Module, layer: int) -> nn.Module | None:
+    """What chooses among the experts of a block's feed-forward; None where that is dense. Raises SiteNotFound."""
+    mlp: Any = locate(model, Site("mlp_in", layer)).module
+    if is_hooked(model) or not hasattr(mlp, "experts"):
+        return None
+    for name in ("gate", "router"):
+        if isinstance(found := getattr(mlp, name, None), nn.Module):
+            return found
+    have = ", ".join(name for name, _ in mlp.named_children())
+    raise SiteNotFound(f"{type(mlp).__name__} of block {layer} has experts but no gate or router; it has {have}")
+
+
+def _is_matrix(weight: Any) -> bool:
+    return isinstance(weight, nn.Parameter) and weight.ndim == 2
+
+
 def blocks(model: nn.Module) -> nn.ModuleList:
     """The transformer's block list: the outermost list as long as the config says the model is deep.
 

@@ -18,7 +18,7 @@ from . import hooks
 from .fingerprint import fingerprint
 from .forward import forward, run_until_stopped
 from .generate import Written, write
-from .hooks import EditFn
+from .hooks import EditFn, LogitsFn
 from .load import load
 from .locate import is_hooked, locate, n_layers, root, text_config
 from .score import Scored, score_answers, score_texts
@@ -121,6 +121,10 @@ class LM:
     def edit(self, edits: Mapping[Site, EditFn]) -> AbstractContextManager[None]:
         """Forward passes inside the block run with the activations at these sites edited."""
         return hooks.editing(self.model, edits, self.bos_id, self.chat_head)
+
+    def edit_logits(self, fn: LogitsFn) -> AbstractContextManager[None]:
+        """Forward passes inside the block say what ``fn(logits, context, kept)`` makes of their logits."""
+        return hooks.editing_logits(self.model, fn, self.bos_id, self.chat_head)
 
     def read(self, *sites: Site) -> AbstractContextManager[dict[Site, Float[Tensor, "batch seq d"]]]:
         """The block's dict holds the last activation seen at each site."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from pydantic import GetJsonSchemaHandler
@@ -26,16 +27,30 @@ from ..patches import Patch
 from ..tracking import Progress
 from .presets import PRESETS
 
+T = TypeVar("T")
+Opened = Callable[[], AbstractContextManager[object]]
+
 
 class Study:
     """One model and one scope, and every measurement made of them, made once."""
 
-    def __init__(self, lm: LM, scope: Scope, *, folder: Path | None = None, progress: Progress | None = None) -> None:
-        """``folder`` keeps what long work needs to go on after it was stopped."""
-        self.lm, self.scope, self.folder, self.progress = lm, scope, folder, progress
+    def __init__(
+        self,
+        lm: LM,
+        scope: Scope,
+        *,
+        folder: Path | None = None,
+        progress: Progress | None = None,
+        original: Opened | None = None,
+    ) -> None:
+        """``folder`` keeps what long work needs to go on after it was stopped. Inside ``original()`` the model is
+        what training takes as its reference, where that is not the model as it is given.
+        """
+        self.lm, self.scope, self.folder, self.progress, self.original = lm, scope, folder, progress, original
         self._dictionaries: dict[str, Dictionary] = {}
         self._stats: dict[str, Stats] = {}
         self._gates: dict[Any, Fitted] = {}
+        self._found: dict[Hashable, Any] = {}
 
     def dictionary(self, name: str) -> Dictionary:
         if name not in self._dictionaries:
@@ -67,9 +82,23 @@ class Study:
             self._gates[key] = fit_gate(self.lm, gate, sensor, self.scope, progress=self.progress)
         return self._gates[key]
 
+    def once(self, key: Hashable, measure: Callable[[], T]) -> T:
+        """What ``measure`` found when it was first asked for on this scope under this key."""
+        key = (self.scope, key)
+        if key not in self._found:
+            self._found[key] = measure()
+        found: T = self._found[key]
+        return found
+
+
+DataKind = Literal["text", "classification"]
+
 
 class Method(Component, family=True):
     """(LM, Scope) -> Patch"""
+
+    data_kinds: ClassVar[frozenset[DataKind]] = frozenset({"text"})
+    """What the passages may be: text to be written, or labels to be chosen."""
 
     @classmethod
     def parse(cls, spec: Any) -> Self:

@@ -50,6 +50,8 @@ _SUPPRESSION: dict[str, dict[str, Any]] = {
     "saeuron": {"score": {"kind": "mean_difference"}, "n": 10, "edit": {"kind": "scale", "by": -6.0}},
 }
 
+_CLOSER_LOOK: dict[str, Any] = {"lr": 1e-5, "epochs": 5.0, "batch_size": 32, "warm_up": 1.0, "weight_decay": 0.01}
+
 _FORGETTING: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     # name: objectives, and what else the recipe sets
     # TOFU's baselines, arXiv 2401.06121
@@ -66,8 +68,13 @@ _FORGETTING: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     # AltPO, arXiv 2409.13474
     "alt_po": ([{"kind": "dpo", "preferred": "alternate"}, {"kind": "retain_nll"}], {}),
     # A Closer Look at Machine Unlearning, arXiv 2410.08109
-    "me_gd": ([{"kind": "me", "weight": 0.1}, {"kind": "retain_nll"}], {}),
-    "idk_ap": ([{"kind": "idk"}, {"kind": "answer_preservation"}], {}),
+    "me_gd": ([{"kind": "me", "weight": 0.1}, {"kind": "retain_nll"}], _CLOSER_LOOK),
+    "me_gd_continual": ([{"kind": "me", "weight": 1.0}, {"kind": "retain_nll"}], _CLOSER_LOOK),
+    "me_gd_real_world": ([{"kind": "me", "weight": 0.5}, {"kind": "retain_nll"}], {**_CLOSER_LOOK, "lr": 5e-6}),
+    "idk_ap": ([{"kind": "idk"}, {"kind": "answer_preservation"}], _CLOSER_LOOK),
+    # WAGLE, arXiv 2410.17509: TOFU's ratios are 0.8 and 0.95, WMDP's 0.4 and 0.6
+    "wagle": ([{"kind": "ga"}, {"kind": "retain_nll"}], {"mask": {"score": {"kind": "wagle"}, "ratio": 0.8}}),
+    "wagle_npo": ([{"kind": "npo"}, {"kind": "retain_nll"}], {"mask": {"score": {"kind": "wagle"}, "ratio": 0.8}}),
     # Rethinking LLM Unlearning Objectives, arXiv 2502.19301
     "wga": ([{"kind": "wga"}, {"kind": "retain_nll"}], {}),
     "tnpo": ([{"kind": "tnpo"}, {"kind": "retain_nll"}], {}),
@@ -91,8 +98,32 @@ _FORGETTING: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "temperature_ga": ([{"kind": "temperature_ga"}, {"kind": "retain_nll"}], {}),
 }  # fmt: skip
 
+_GUARDS: dict[str, dict[str, Any]] = {
+    # Black-box Adversarial Reprogramming turned to unlearning, arXiv 2007.08714
+    "bar": {"kind": "black_box"},
+    # embedding-corrupted prompts, arXiv 2406.07933
+    "eco": {"kind": "corrupt"},
+}
+
+_FEATURES: dict[str, dict[str, Any]] = {
+    # CRISP, arXiv 2508.13650: b 0.99 and g 0.01 of its code as multiples of 1 - b
+    "crisp": {
+        "kind": "crisp",
+        "score": {"kind": "count"},
+        "n": 10,
+        "beta": 99.0,
+        "gamma": 1.0,
+        "adapter": {"r": 4, "lora_alpha": 8},
+        "lr": 1e-5,
+        "epochs": 1.0,
+        "batch_size": 1,
+    },
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
+    **_FEATURES,
     **{name: {"kind": "suppress", **row} for name, row in _SUPPRESSION.items()},
     **{name: {"kind": "finetune", "objectives": o, **rest} for name, (o, rest) in _FORGETTING.items()},
+    **_GUARDS,
 }
 """Specs of methods: those that edit features still need their dictionaries."""

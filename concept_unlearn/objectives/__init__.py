@@ -7,11 +7,14 @@ from .ascent import Hinge as Hinge
 from .ascent import SatImp as SatImp
 from .ascent import TemperatureGA as TemperatureGA
 from .base import Objective as Objective
+from .crisp import LowerFeatures as LowerFeatures
+from .depart import Depart as Depart
 from .divert import CEU as CEU
 from .divert import IDK as IDK
 from .divert import ME as ME
 from .divert import UNDIAL as UNDIAL
 from .divert import Margin as Margin
+from .follow import Follow as Follow
 from .preference import DPO as DPO
 from .preference import NPO as NPO
 from .preference import TNPO as TNPO

@@ -1,9 +1,14 @@
 """Patches: reversible changes of a live model, saved as plain data and safetensors."""
 
+from .adapter import AdapterPatch as AdapterPatch
 from .base import Patch as Patch
 from .base import Stack as Stack
 from .codebook import CodebookPatch as CodebookPatch
+from .expert import ExpertPatch as ExpertPatch
 from .feature import FeaturePatch as FeaturePatch
+from .fusion import fuse as fuse
 from .io import load_patch as load_patch
+from .logit import LogitPatch as LogitPatch
+from .prompt import PromptPatch as PromptPatch
 from .weight import WeightPatch as WeightPatch
 from .weight import merge as merge

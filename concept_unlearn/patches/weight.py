@@ -126,7 +126,7 @@ class WeightPatch(Patch):
 
     def _found(self, lm: LM) -> list[tuple[nn.Parameter, Delta]]:
         own = dict(lm.model.named_parameters(remove_duplicate=False))
-        known = {_plain(name): parameter for name, parameter in own.items()} | own
+        known = {_plain(name).replace(".base_layer.", "."): p for name, p in own.items()} | own  # under PEFT's adapter
         found: dict[nn.Parameter, tuple[str, Delta]] = {}
         for name, delta in self.deltas.items():
             parameter = known.get(name, known.get(_plain(name)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from ..lm import LM, Site
 from ..lm.forward import forward
-from ..lm.head import Head
+from ..lm.head import Ending
 from ..lm.hooks import Stopped
 from .batch import Batch, Where
 
@@ -39,7 +39,7 @@ class Reading(NamedTuple):
     activations: dict[Site, Float[Tensor, "batch seq d"]]
 
 
-def read(lm: LM, head: Head, batch: Batch, *, logits: bool, sites: Sequence[Site] = ()) -> Reading:
+def read(lm: LM, head: Ending, batch: Batch, *, logits: bool, sites: Sequence[Site] = ()) -> Reading:
     """One pass that goes no deeper than what is read."""
     with ExitStack() as stack:
         seen = stack.enter_context(lm.read(*sites))
@@ -57,10 +57,23 @@ class LiveReference:
     """The reference asked anew each time: ``lm`` inside the context that ``as_it_was()`` opens."""
 
     def __init__(
-        self, lm: LM, head: Head, as_it_was: Callable[[nn.Module | None], AbstractContextManager[object]] = nullcontext
+        self,
+        lm: LM,
+        head: Ending,
+        as_it_was: Callable[[nn.Module | None], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """``as_it_was(None)`` brings back the whole model, ``as_it_was(module)`` at least that module."""
         self.lm, self.head, self._as_it_was = lm, head, as_it_was
+
+    def within(self, also: Callable[[], AbstractContextManager[object]]) -> LiveReference:
+        """The same, asked inside another context too: with a patch on, say."""
+
+        @contextmanager
+        def both(only: nn.Module | None) -> Iterator[None]:
+            with self._as_it_was(only), also():
+                yield
+
+        return LiveReference(self.lm, self.head, both)
 
     def nll(self, split: str, batch: Batch) -> Float[Tensor, " n"]:
         targets = batch.ids.roll(-1, 1)[batch.positions()]

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from ..errors import EmptyData, InvalidData
 from ..lm import LM, Site
-from ..lm.head import Head
+from ..lm.head import Ending, ending
 from .batch import Batch, Read, Where
 from .reference import LiveReference, Reading, Reference, read
 
@@ -47,7 +47,7 @@ class Step:
         batches: Mapping[str, Batch],
         reads: Sequence[Read],
         *,
-        head: Head | None = None,
+        head: Ending | None = None,
         reference: Reference | None = None,
         whole: Mapping[str, Sequence[Batch]] | None = None,
         tally: Tally | None = None,
@@ -56,7 +56,7 @@ class Step:
         the optimiser step, by default just these. Without a ``reference`` the model itself, as it is now, is one.
         """
         self.lm, self.reads = lm, reads
-        self._head = head or Head(lm.model)
+        self._head = head or ending(lm.model)
         self._reference = reference or LiveReference(lm, self._head)
         self._batches, self._tally = batches, tally
         self._whole = whole if whole is not None else {split: [batch] for split, batch in batches.items()}

@@ -1,5 +1,8 @@
 """Training a live model towards objectives and back: rows in, a change of weights out."""
 
+from .attribution import Mask as Mask
+from .difference import Difference as Difference
+from .difference import difference as difference
 from .loop import Log as Log
 from .loop import Loop as Loop
 from .loop import Probe as Probe

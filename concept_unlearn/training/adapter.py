@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidConfig
 from ..lm import LM
-from ..lm.head import Head
+from ..lm.head import Ending
 from ..step import LiveReference
 from ..weights import Delta, Dense, LowRank
 from .trainable import HALF, Trainable, flags_restored, refuse_quantised
@@ -27,7 +27,7 @@ class Adapter(Trainable):
         self.lm, self._wrapped = lm, wrapped
         self.parameters = {name: p for name, p in wrapped.model.named_parameters() if p.requires_grad}
 
-    def reference(self, head: Head) -> LiveReference:
+    def reference(self, head: Ending) -> LiveReference:
         return LiveReference(self.lm, head, lambda _: self._wrapped.disable_adapter())
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from ..data.examples import Passage
 from ..data.scope import Scope
-from ..errors import EmptyData, UnknownName
+from ..errors import EmptyData, InvalidConfig, UnknownName
 from ..lm import LM
 from ..tracking import Progress
 from .alternates import alternates
@@ -19,13 +19,23 @@ from .trainable import flags_restored
 
 
 def make_data(
-    lm: LM, scope: Scope, splits: Iterable[str], settings: Optimisation, *, progress: Progress | None = None
+    lm: LM,
+    scope: Scope,
+    splits: Iterable[str],
+    settings: Optimisation,
+    *,
+    labels: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> Data:
-    """Raises UnknownName for a split that nobody makes, InvalidData for a passage that cannot be in it."""
+    """With ``labels`` each text is one of them. Raises UnknownName for a split that nobody makes, InvalidData for a
+    passage that cannot be in it.
+    """
     wanted = set(splits)
     if unknown := sorted(wanted - set(SIDES)):
         raise UnknownName("split", unknown[0], SIDES)
-    encoder = Encoder(lm.tokenizer, min(settings.max_length, lm.context))
+    if labels and (other := sorted(wanted - {"forget", "retain"})):
+        raise InvalidConfig(f"a label has no {other[0]}: classification goes with the splits forget and retain")
+    encoder = Encoder(lm.tokenizer, min(settings.max_length, lm.context), tuple(labels))
     forget, retain = scope.forget, (*scope.near, *scope.retain)
     made: dict[str, Split] = {}
     if wanted & {"refusal", "alternate"}:

@@ -8,7 +8,7 @@ processes change a result by rounding only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..activations.processes import Processes
 from ..errors import Diverged, InvalidConfig, NonFinite
 from ..journal import Journal
 from ..lm import LM
-from ..lm.head import Head
+from ..lm.head import Ending
 from ..objectives import Objective
 from ..step import Batch, Reference, Step, Tally
 from ..tracking import Progress
@@ -49,7 +49,7 @@ class Loop:
         settings: Optimisation,
         trainable: Trainable,
         *,
-        head: Head,
+        head: Ending,
         reference: Reference,
         autocast: Callable[[], AbstractContextManager[object]],
         journal: Journal | None = None,
@@ -62,8 +62,9 @@ class Loop:
         self.log, self.probe, self.progress = log, probe, progress
         self.here = Processes.here()
         self.plan = Plan(lm, objectives, data, settings)
+        decay = 0.0 if trainable.masks else settings.weight_decay  # it would move what a mask keeps
         self.optimizer = torch.optim.AdamW(
-            trainable.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+            trainable.parameters.values(), lr=settings.lr, weight_decay=decay, fused=True
         )
         self.watcher = None
         if settings.watch:
@@ -100,9 +101,11 @@ class Loop:
     def _take(self) -> dict[str, float]:
         sums = torch.zeros(len(self.objectives) + len(_SAID), dtype=torch.float64)  # objectives, then plain NLLs
         items = self.plan.items(self.step)
+        taken: set[int] = set()
         for group in self.plan.groups:
             parts = self.plan.parts(group, items, self.plan.epoch(self.step))
             tally = self._tally(group, parts)
+            taken |= set(group.indices) if parts else set()
             for part, counts in self._own(parts):
                 with self.autocast():
                     step = self._step(group, part, parts, tally)
@@ -120,16 +123,18 @@ class Loop:
                         sums[i] += step.token_mean(split, c).double().cpu()
         sums = self._shared(sums)
         lr = self.settings.lr * self.plan.rate(self.step)
+        self._mask()
         norm = torch.nn.utils.clip_grad_norm_(self.trainable.parameters.values(), self.settings.clip or math.inf)
-        values = self._values(sums.tolist(), float(self.trainable.whole(norm)), lr)
+        values = self._values(sums.tolist(), taken, float(self.trainable.whole(norm)), lr)
         self._guard(values)
         for settable in self.optimizer.param_groups:
             settable["lr"] = lr
+        self._decay(lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._balance(sums.tolist())
+        self._balance(sums.tolist(), taken)
         if self.progress:
-            self.progress(len(items[self.plan.leads]))
+            self.progress(self.plan.progress(self.step))
         return values
 
     def _own(self, parts: Sequence[Mapping[str, Batch]]) -> Iterator[tuple[Mapping[str, Batch], int]]:
@@ -157,6 +162,18 @@ class Loop:
                 self.here.sum(p.grad)
         return sums
 
+    def _mask(self) -> None:
+        """Before the norm is taken: it is that of the gradient that is applied."""
+        for name, mask in self.trainable.masks.items():
+            if (gradient := self.trainable.parameters[name].grad) is not None:
+                gradient.masked_fill_(~mask, 0.0)
+
+    def _decay(self, lr: float) -> None:
+        """AdamW's, of those entries only that a mask lets be trained."""
+        for name, mask in self.trainable.masks.items() if self.settings.weight_decay else ():
+            if (p := self.trainable.parameters[name]).grad is not None:
+                p.data.copy_(torch.where(mask, p.data * (1 - lr * self.settings.weight_decay), p.data))
+
     def _tally(self, group: Group, parts: Sequence[Mapping[str, Batch]]) -> Tally | None:
         """What only the model can count, counted over the whole step before any loss is divided by it."""
         counting = [o for o in group.objectives if o.counts]
@@ -180,11 +197,12 @@ class Loop:
     def _weight(self, objective: Objective) -> float:
         return objective.weight * (self.alpha if objective.retains and self.settings.balance else 1.0)
 
-    def _values(self, sums: Sequence[float], norm: float, lr: float) -> dict[str, float]:
-        losses = list(zip(self.objectives, sums, strict=False))
+    def _values(self, sums: Sequence[float], taken: Set[int], norm: float, lr: float) -> dict[str, float]:
+        """Of the objectives that took part in the step."""
+        losses = {i: (self.objectives[i], sums[i]) for i in sorted(taken)}
         kinds = [o.kind for o in self.objectives]
-        found = {"loss": sum(self._weight(o) * x for o, x in losses)}
-        found |= {o.kind if kinds.count(o.kind) == 1 else f"{o.kind}.{i}": x for i, (o, x) in enumerate(losses)}
+        found = {"loss": sum(self._weight(o) * x for o, x in losses.values())}
+        found |= {o.kind if kinds.count(o.kind) == 1 else f"{o.kind}.{i}": x for i, (o, x) in losses.items()}
         found |= {"grad_norm": norm, "lr": lr}
         found |= {f"{s}_nll": x for s, x in zip(_SAID, sums[len(self.objectives) :], strict=True) if x}
         return found | ({"alpha": self.alpha} if self.settings.balance else {})
@@ -219,13 +237,14 @@ class Loop:
             )
         return 1.1 * now
 
-    def _balance(self, sums: Sequence[float]) -> None:
-        balance, taken = self.settings.balance, self.step + 1
-        if balance is None or taken < min(balance.warm_up * self.plan.per_epoch, self.plan.n_steps / 2):
+    def _balance(self, sums: Sequence[float], taken: Set[int]) -> None:
+        balance, step = self.settings.balance, self.step + 1
+        if balance is None or step < min(balance.warm_up * self.plan.per_epoch, self.plan.n_steps / 2):
             return
-        if balance.every == "step":
-            now = sum(o.weight * x for o, x in zip(self.objectives, sums, strict=False) if o.retains)
-        elif self.plan.ends(taken, 1):
+        retaining = [i for i in taken if self.objectives[i].retains]
+        if balance.every == "step" and retaining:
+            now = sum(self.objectives[i].weight * sums[i] for i in sorted(retaining))
+        elif balance.every == "epoch" and self.plan.ends(step, 1):
             now = self._retained_loss()
         else:
             return
@@ -283,6 +302,6 @@ class Loop:
             if self.watcher:
                 self.watcher.restore(notes["watcher"], tensors)
             if self.progress:
-                self.progress(sum(len(self.plan.items(step)[self.plan.leads]) for step in range(self.step)))
+                self.progress(sum(map(self.plan.progress, range(self.step))))
         if self.journal and self.here.rank == 0:
             self.journal.trim(self.step)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..errors import InvalidConfig
 from ..lm import LM
 from ..objectives import Objective
 from ..step import Batch, Read
@@ -40,10 +41,19 @@ class Plan:
     def __init__(self, lm: LM, objectives: Sequence[Objective], data: Data, settings: Optimisation) -> None:
         self.data, self.settings, self.device = data, settings, lm.device
         self.groups = _groups(lm, objectives)
-        read = {SIDES[split] for group in self.groups for split in group.splits}
+        sides = [{SIDES[split] for split in group.splits} for group in self.groups]
+        read = set().union(*sides)
+        if settings.alternate and (len(read) < 2 or any(len(side) > 1 for side in sides)):
+            raise InvalidConfig("to alternate takes objectives that forget and others that retain, none that does both")
         self.leads = "forget" if "forget" in read else "retain"
-        self.per_epoch = -(-len(data.items[self.leads]) // settings.batch_size)
+        self._per_side = -(-len(data.items[self.leads]) // settings.batch_size)
+        self.per_epoch = self._per_side * (2 if settings.alternate else 1)
         self.n_steps = settings.max_steps or max(1, round(settings.epochs * self.per_epoch))
+        if settings.alternate and self.n_steps <= self._per_side:
+            raise InvalidConfig(
+                f"alternate: the first {self._per_side} steps are on what is kept, and there are {self.n_steps}: take "
+                "more steps, or larger ones"
+            )
 
     def epoch(self, step: int) -> int:
         return step // self.per_epoch
@@ -69,14 +79,30 @@ class Plan:
 
     def items(self, step: int) -> dict[str, list[int]]:
         """Of each side, what the step is taken on."""
-        settings, (epoch, place) = self.settings, divmod(step, self.per_epoch)
-        leading = self.data.items[self.leads]
-        now = order(len(leading), seed=settings.seed, epoch=epoch)
-        chosen = [leading[i] for i in now[place * settings.batch_size : (place + 1) * settings.batch_size]]
+        settings, (epoch, place, rests) = self.settings, self._place(step)
+        leading, chosen = self.data.items[self.leads], self._leading(step)
         if self.leads == "retain":
             return {"retain": chosen}
         start = (epoch * len(leading) + place * settings.batch_size) * settings.retain_per_forget
-        return {"forget": chosen, "retain": list(self._retained(start, len(chosen) * settings.retain_per_forget))}
+        kept = list(self._retained(start, len(chosen) * settings.retain_per_forget))
+        return {"forget": chosen, "retain": kept} | ({} if rests is None else {rests: []})
+
+    def progress(self, step: int) -> int:
+        """Leading items whose turn it is, also in a step that is taken on those retained beside them."""
+        return len(self._leading(step))
+
+    def _place(self, step: int) -> tuple[int, int, str | None]:
+        """The epoch, the place in it, and the side that rests."""
+        epoch, place = divmod(step, self.per_epoch)
+        if not self.settings.alternate:
+            return epoch, place, None
+        return epoch, place % self._per_side, "forget" if place < self._per_side else "retain"
+
+    def _leading(self, step: int) -> list[int]:
+        settings, (epoch, place, _) = self.settings, self._place(step)
+        leading = self.data.items[self.leads]
+        now = order(len(leading), seed=settings.seed, epoch=epoch)
+        return [leading[i] for i in now[place * settings.batch_size : (place + 1) * settings.batch_size]]
 
     def parts(self, group: Group, items: Mapping[str, Sequence[int]], epoch: int = 0) -> list[dict[str, Batch]]:
         """Batches of a group's splits, cut so that rows of like length go together."""

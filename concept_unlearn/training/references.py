@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from ..errors import CorruptArtifact, InvalidConfig
 from ..files import save_tensors
 from ..lm import LM, Site
-from ..lm.head import Head
+from ..lm.head import Ending
 from ..step import Batch, LiveReference, Read, Reference, Where, read
 from ..tracking import Progress
 from .rows import Split
@@ -53,13 +53,15 @@ def look_up(
     reads: Iterable[Read],
     *,
     model: str,
+    patch: str = "",
     folder: Path | None = None,
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> CachedReference:
     """What ``reads`` ask of the reference, which is the model of ``live`` as it is now.
 
-    They come from ``folder`` where they are there already; ``model`` is the model's fingerprint.
+    They come from ``folder`` where they are there already; ``model`` is the model's fingerprint, ``patch`` the digest
+    of the patch that is on, if there is one.
 
     Raises InvalidConfig where the folder holds that of another model or of other rows, CorruptArtifact for a file
     that cannot be read. Positions that depend on the padding (where "all") are left to ``live``.
@@ -71,7 +73,7 @@ def look_up(
             by_split.setdefault(wanted.split, []).append(wanted)
     for name, asked in by_split.items():
         path = None if folder is None else folder / f"reference-{name}.safetensors"
-        key = _key(live.lm, model, splits[name])
+        key = _key(live.lm, model, patch, splits[name])
         found = {} if path is None else _load(path, key, asked)
         if missing := [r for r in asked if r not in found]:
             found |= _compute(live.lm, live.head, splits[name], missing, batch_size, progress)
@@ -83,7 +85,7 @@ def look_up(
 
 @torch.no_grad()
 def _compute(
-    lm: LM, head: Head, split: Split, wanted: Sequence[Read], batch_size: int, progress: Progress | None
+    lm: LM, head: Ending, split: Split, wanted: Sequence[Read], batch_size: int, progress: Progress | None
 ) -> dict[Read, list[Tensor]]:
     found: dict[Read, list[Tensor]] = {r: [torch.empty(0)] * len(split.rows) for r in wanted}
     sites = sorted({r.what for r in wanted if isinstance(r.what, Site)})
@@ -108,9 +110,9 @@ def _compute(
     return found
 
 
-def _key(lm: LM, model: str, split: Split) -> dict[str, str]:
+def _key(lm: LM, model: str, patch: str, split: Split) -> dict[str, str]:
     rows = hashlib.sha256(json.dumps([[row.ids, row.n_prompt] for row in split.rows]).encode()).hexdigest()
-    return {"model": lm.name, "fingerprint": model, "dtype": str(lm.dtype), "rows": rows}
+    return {"model": lm.name, "fingerprint": model, "patch": patch, "dtype": str(lm.dtype), "rows": rows}
 
 
 def _load(path: Path, key: Mapping[str, str], wanted: Sequence[Read]) -> dict[Read, list[Tensor]]:
@@ -120,10 +122,10 @@ def _load(path: Path, key: Mapping[str, str], wanted: Sequence[Read]) -> dict[Re
         with safe_open(path, "pt") as file:
             theirs = file.metadata()
             for name, value in key.items():
-                if theirs.get(name) != value and name != "model":
+                if theirs.get(name, "") != value and name != "model":
                     raise InvalidConfig(
-                        f"{path} is the reference of {theirs.get('model')}, its {name} {theirs.get(name)}; here is "
-                        f"{key['model']} with {value}: use another folder, or delete it"
+                        f"{path} is the reference of {theirs.get('model')}, its {name} {theirs.get(name) or 'none'}; "
+                        f"here is {key['model']} with {value or 'none'}: use another folder, or delete it"
                     )
             names = set(file.keys())
             found = {}

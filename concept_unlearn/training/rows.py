@@ -32,6 +32,8 @@ class Encoder:
 
     tokenizer: Any
     max_length: int
+    labels: tuple[str, ...] = ()
+    """Where each text is one of these, what follows the prompt is its number, which no position reads as a token."""
     cut_prompts: int = 0
     cut_answers: int = 0
     _known: dict[tuple[str | None, str], Row] = field(default_factory=dict)
@@ -51,6 +53,8 @@ class Encoder:
             )
 
     def _encode(self, prompt: str | None, text: str) -> Row:
+        if self.labels:
+            return self._labelled(prompt, text)
         if prompt is None:
             ids = encode_text(self.tokenizer, text)
             self.cut_answers += len(ids) > self.max_length
@@ -64,6 +68,17 @@ class Encoder:
         self.cut_answers += len(answer) > self.max_length - 1
         question = question[-room:]
         return Row(tuple((question + answer)[: self.max_length]), len(question))
+
+    def _labelled(self, prompt: str | None, text: str) -> Row:
+        if prompt is None or text not in self.labels:
+            raise InvalidData(
+                f"a passage to classify has a prompt, and its text is one of {', '.join(self.labels)}; given: "
+                f"{text[:60]!r}{' without a prompt' if prompt is None else ''}"
+            )
+        question = encode_question(self.tokenizer, prompt)
+        self.cut_prompts += len(question) > self.max_length - 1
+        question = question[-(self.max_length - 1) :]
+        return Row((*question, self.labels.index(text)), len(question))
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,10 @@ class Optimisation(Frozen):
     """Rows that go through the model at a time; changes memory and speed, never a result."""
     retain_per_forget: int = Field(1, gt=0)
     """Retained items drawn for each forget item, from one permutation of them after another."""
+    alternate: bool = False
+    """Not both in every step: an epoch on what is kept, then one on what is forgotten, with as many steps each. There
+    are twice as many steps, and each item comes up as often as without it.
+    """
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls after the warm-up."""
     warm_up: float = Field(1.0, ge=0)

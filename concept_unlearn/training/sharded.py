@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..activations.processes import Processes
 from ..errors import InvalidConfig
 from ..lm import LM
-from ..lm.head import Head
+from ..lm.head import Ending, Head
 from ..lm.locate import blocks, is_hooked
 from ..step import LiveReference
 from ..weights import Delta, Dense
@@ -37,7 +37,7 @@ class Shares(Trainable):
     def __init__(self, lm: LM, own: LM, parameters: dict[str, nn.Parameter]) -> None:
         self.lm, self.parameters, self._own = lm, parameters, own
 
-    def reference(self, head: Head) -> LiveReference:
+    def reference(self, head: Ending) -> LiveReference:
         return LiveReference(self._own, Head(self._own.model))
 
     def whole(self, tensor: Any) -> Tensor:

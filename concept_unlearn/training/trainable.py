@@ -5,8 +5,9 @@ from __future__ import annotations
 import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -15,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InvalidConfig, UnknownName
 from ..lm import LM
-from ..lm.head import Head
+from ..lm.head import Ending, ending
 from ..lm.locate import blocks
 from ..step import LiveReference
 from ..weights import Delta, Dense
+from ..weights.masks import Masks, under
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -30,14 +32,20 @@ class Trainable(ABC):
     parameters: dict[str, nn.Parameter]
     sharded: ClassVar[bool] = False
     """True where every process holds a share of each parameter, and gradients come averaged over all."""
+    masks: Masks = MappingProxyType({})
+    """By parameter, the entries that are trained; a parameter without one is trained as a whole."""
 
-    def head(self) -> Head:
+    def head(self) -> Ending:
         """What makes logits of what the model ends in."""
-        return Head(self.lm.model)
+        return ending(self.lm.model)
 
     @abstractmethod
-    def reference(self, head: Head) -> LiveReference:
+    def reference(self, head: Ending) -> LiveReference:
         """The untouched model; ``head`` is that of ``lm``."""
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Before training begins, the model inside the block is what it was when it was given."""
+        return nullcontext()
 
     def whole(self, tensor: Tensor) -> Tensor:
         """Of a share, the tensor that all processes hold together."""
@@ -63,7 +71,7 @@ class Weights(Trainable):
         self.parameters, self.lm, self._kept = parameters, lm, kept
         self._unpacked: dict[nn.Module, dict[str, Tensor]] = {}
 
-    def reference(self, head: Head) -> LiveReference:
+    def reference(self, head: Ending) -> LiveReference:
         return LiveReference(self.lm, head, self._as_it_was)
 
     def _as_it_was(self, only: nn.Module | None) -> AbstractContextManager[object]:
@@ -76,8 +84,10 @@ class Weights(Trainable):
         return self.lm.swap(self._unpacked[only])
 
     def deltas(self) -> dict[str, Delta]:
+        """What a mask keeps as it was is as it was, whatever an optimiser did to it."""
         changes = {name: p.data - self._kept[name].to(p.dtype) for name, p in self.parameters.items()}
-        return {name: Dense(change) for name, change in changes.items() if change.any()}
+        changed = {name: change for name, change in changes.items() if change.any()}
+        return {name: under(self.masks[name], c) if name in self.masks else Dense(c) for name, c in changed.items()}
 
 
 def matching(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Parameter]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..lm import LM
-from ..lm.head import Head
+from ..lm.head import Ending
 from ..step import Read, Step
 from ..weights import Delta, restore_delta
 from .plan import Data
@@ -35,7 +35,7 @@ class Watcher:
     def __init__(
         self,
         lm: LM,
-        head: Head,
+        head: Ending,
         data: Data,
         watch: Watch,
         autocast: Callable[[], AbstractContextManager[object]],

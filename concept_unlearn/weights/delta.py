@@ -9,10 +9,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..errors import InvalidConfig, PatchMismatch, UnknownName
+from .bits import packed, unpacked
 
 STORED = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -172,11 +173,11 @@ class Sparse(Delta):
         return super().spec() | {"shape": list(self.shape)}
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"values": self.values, "mask": _packed(self.mask)}
+        return {"values": self.values, "mask": packed(self.mask)}
 
     @classmethod
     def restore(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sparse:
-        return cls(tensors["values"], _unpacked(tensors["mask"], spec["shape"]))
+        return cls(tensors["values"], unpacked(tensors["mask"], spec["shape"]))
 
 
 def restore_delta(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Delta:
@@ -196,19 +197,3 @@ def _wide(values: Tensor) -> Tensor:
 
 def _times(values: Tensor, factor: float) -> Tensor:
     return (factor * _wide(values)).to(values.dtype)
-
-
-def _packed(mask: Bool[Tensor, "*shape"]) -> UInt8[Tensor, " n_bytes"]:
-    """Eight entries a byte in flat order, the first in the lowest bit; the last byte is filled up with zeros."""
-    flat = mask.flatten()
-    bits = torch.nn.functional.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
-    return (bits << _places(bits)).sum(-1, dtype=torch.uint8)
-
-
-def _unpacked(content: UInt8[Tensor, " n_bytes"], shape: list[int]) -> Bool[Tensor, "*shape"]:
-    bits = (content[:, None] >> _places(content)) & 1
-    return bits.flatten()[: math.prod(shape)].view(shape).bool()
-
-
-def _places(like: Tensor) -> UInt8[Tensor, " 8"]:
-    return torch.arange(8, dtype=torch.uint8, device=like.device)

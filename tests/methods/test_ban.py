@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import CONCEPT, D_MODEL, FAR, NEAR, VOCAB, words
+from conftest import CONCEPT, FAR, NEAR, words
 
 from concept_unlearn.data.scope import Scope
 from concept_unlearn.dictionaries import load_dictionary
-from concept_unlearn.dictionaries.codebook import Codebook
-from concept_unlearn.dictionaries.codebook_training import relative_error
 from concept_unlearn.errors import EmptyData, InvalidConfig
 from concept_unlearn.features import EnrichmentScore, measure, scores
 from concept_unlearn.lm import Site
@@ -17,21 +15,6 @@ from concept_unlearn.methods import Ban, Method, Study, Suppress
 from concept_unlearn.patches import CodebookPatch, load_patch
 
 SITE = Site("resid_pre", 0)
-
-
-@pytest.fixture(scope="module")
-def codes(planted, tmp_path_factory):
-    """A code for each word, which is what the codebook writes wherever that word stands."""
-    eye, embedding = torch.eye(D_MODEL), planted.lm.model.model.embed_tokens.weight.detach()
-    codebook = Codebook(site=SITE, d_in=D_MODEL, d_code=2 * D_MODEL, sizes=(VOCAB,), n_active=1)
-    codebook.load_state_dict({
-        "W_enc": torch.cat([eye, -eye], 1), "b_enc": torch.zeros(2 * D_MODEL), "b_dec": torch.zeros(D_MODEL),
-        "codes": torch.cat([embedding, -embedding], 1).relu(), "W_dec": torch.cat([eye, -eye], 0),
-    })  # fmt: skip
-    assert relative_error(embedding, codebook(embedding)) < 1e-6
-    folder = tmp_path_factory.mktemp("codebook")
-    codebook.save(folder)
-    return str(folder)
 
 
 def logits(lm, *prompts):

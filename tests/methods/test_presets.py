@@ -14,11 +14,21 @@ EDITING = sorted(name for name, row in PRESETS.items() if row["kind"] == "suppre
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_preset_is_its_row(name):
-    made = preset(name, "a", "b") if name in EDITING else preset(name)
+    made = preset(name, "a", "b") if name in (*EDITING, "crisp") else preset(name)
     spec = made.spec()
     for key, row in PRESETS[name].items():
         assert _within(row, spec[key])
     assert Method.parse(spec) == made
+
+
+def test_a_closer_look_at_its_published_settings():
+    for name, weight, lr in [("me_gd", 0.1, 1e-5), ("me_gd_continual", 1.0, 1e-5), ("me_gd_real_world", 0.5, 5e-6)]:
+        made = preset(name)
+        assert [(o.kind, o.weight) for o in made.objectives] == [("me", weight), ("retain_nll", 1.0)]
+        assert (made.lr, made.epochs, made.batch_size, made.warm_up, made.weight_decay) == (lr, 5, 32, 1, 0.01)
+    refusing, preserving = preset("idk_ap").objectives
+    assert (refusing.kind, preserving.kind) == ("idk", "answer_preservation")
+    assert (preserving.beta, preserving.weight) == (0.1, 1)
 
 
 def test_what_is_given_beside_a_preset_takes_its_place():

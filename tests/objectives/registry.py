@@ -24,8 +24,10 @@ from concept_unlearn.objectives import (
     SimNPO,
 )
 
+NEEDS_MORE = ("lower_features",)
+"""Those that are nothing without a dictionary: shown beside it."""
 OURS = [
-    *(member() for member in Objective.members.values()),
+    *(member() for kind, member in Objective.members.items() if kind not in NEEDS_MORE),
     WGA(beta=2), SatImp(beta1=1, beta2=2), Hinge(score="mean", delta=2.8), Hinge(normalise="batch"), CappedGA(keep=0.5),
     NPO(beta=0.5), WTNPO(beta=1, a=0.5), SimNPO(margin=0.5), DPO(preferred="alternate", scale="1"), CEU(skip=2),
     ME(direction="uniform_to_model"), ME(reduction="token_mean"), RMU(where="real", k=3), RMU(where="own"),

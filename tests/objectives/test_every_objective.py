@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from objectives.registry import EVERY, MASKED, OURS, each
+from objectives.registry import EVERY, MASKED, NEEDS_MORE, OURS, each
 from objectives.scenes import NO_MODEL, SITE, SPLITS, VOCAB, Scene, assert_same, gradients, in_parts, make_batch, widen
 
 from concept_unlearn.errors import EmptyData, InvalidData
@@ -26,7 +26,7 @@ from concept_unlearn.objectives import (
 )
 from concept_unlearn.step import Batch, Step
 
-CHOOSES = ("hinge", "capped_ga", "ceu")
+CHOOSES = ("hinge", "capped_ga", "ceu", "depart")
 """Those that leave some of the supervised tokens alone."""
 BY_TOKEN = (
     "ga",
@@ -41,7 +41,7 @@ BY_TOKEN = (
     "ceu",
     "retain_nll",
 )
-BLIND = ("me", "margin", "rmu", "retain_kl", "retain_embedding")
+BLIND = ("me", "margin", "depart", "follow", "rmu", "retain_kl", "retain_embedding")
 """Those that read where the labels are, not what they are."""
 
 
@@ -54,6 +54,7 @@ def test_the_registry_is_the_specification():
     assert set(Objective.members) == {
         "ga", "wga", "npo", "tnpo", "wtnpo", "sim_npo", "dpo", "idk", "me", "undial", "ceu", "sat_imp", "margin", "rmu",
         "hinge", "capped_ga", "temperature_ga", "retain_nll", "retain_kl", "retain_embedding", "answer_preservation",
+        "depart", "lower_features", "follow",
     }  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def test_it_moves_the_positions_that_it_declares_and_no_others(objective, scene)
 
 @pytest.mark.parametrize(
     ("kind", "where"),
-    [(k, "answer") for k in Objective.members if k != "me"] + [("me", "content")],
+    [(k, "answer") for k in Objective.members if k not in ("me", *NEEDS_MORE)] + [("me", "content")],
 )
 def test_it_reads_what_predicts_the_answer(kind, where):
     assert {read.where for read in Objective.members[kind]().reads(NO_MODEL)} == {where}

@@ -17,7 +17,7 @@ def test_it_says_of_each_method_what_its_reports_say(rich_report, made, entry, n
     assert overview.rows["untouched"] == ("100%", "100%", "100%", "100%", "100%", "–")
     assert overview.rows["retrained"] == ("50%", "100%", "–", "–", "–", "–")
     assert overview.rows["sae"] == ("25%", "100%", "75%", "0%", "75%", "–")
-    assert overview.rows["npo"] == ("38% ± 18%", "100% ± 0%", "100%", "50%", "100%", "–")
+    assert overview.rows["npo"] == ("38% ± 18%", "100% ± 0%", "100% ± 0%", "50%", "100%", "–")
     assert list(overview.rows) == ["untouched", "retrained", "sae", "npo", nasty]
 
 

@@ -31,11 +31,11 @@ def make_split(shift=0):
     return plain(Encoder(make_tokenizer(), 64), [*passages, Passage(text=words(20, 21, 22))])
 
 
-def ask(lm, folder=None, split=None, model="m", batch_size=3):
+def ask(lm, folder=None, split=None, model="m", patch="", batch_size=3):
     head = Head(lm.model)
     live = LiveReference(lm, head)
     splits = {"forget": split or make_split()}
-    return look_up(live, splits, READS, model=model, folder=folder, batch_size=batch_size), live
+    return look_up(live, splits, READS, model=model, patch=patch, folder=folder, batch_size=batch_size), live
 
 
 @pytest.mark.parametrize("rows", [[0], [5, 2, 7], [7, 6, 5, 4, 3, 2, 1, 0]])
@@ -81,3 +81,14 @@ def test_a_damaged_file_is_named(lm, tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CorruptArtifact, match=r"reference-forget\.safetensors cannot be read"):
         ask(lm, tmp_path)
+
+
+def test_the_reference_of_another_patch_is_refused_in_either_direction(lm, tmp_path):
+    ask(lm, tmp_path / "plain")
+    ask(lm, tmp_path / "patched", patch="p")
+    with pytest.raises(InvalidConfig, match="its patch none; here is tiny with p"):
+        ask(lm, tmp_path / "plain", patch="p")
+    for other, says in (("", "none"), ("q", "q")):
+        with pytest.raises(InvalidConfig, match=f"its patch p; here is tiny with {says}"):
+            ask(lm, tmp_path / "patched", patch=other)
+    ask(lm, tmp_path / "patched", patch="p")

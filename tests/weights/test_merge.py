@@ -49,6 +49,20 @@ def test_opposite_changes_cancel_and_nothing_is_biased_upwards():
     assert not total([{"w": x}, {"w": -x}])["w"].any()
 
 
+def test_the_larger_sum_elects_the_sign_however_many_disagree():
+    assert ties([of(1.0), of(1.0), of(-3.0)])["w"].tolist() == [-3]
+    assert ties([of(1.0), of(1.0), of(-1.5)])["w"].tolist() == [1]
+    assert ties([of(1.0), of(1.0), of(-2.0)])["w"].tolist() == [0]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_neither_sign_is_preferred_and_a_scale_goes_through(name):
+    inputs = [{"w": draw(i)} for i in range(3)]
+    want = RULES[name](inputs)["w"]
+    for factor in (-1, 4, -0.5):
+        assert torch.equal(RULES[name]([{"w": factor * given["w"]} for given in inputs])["w"], factor * want)
+
+
 @pytest.mark.parametrize("rule", [mean, ties], ids=["mean", "ties"])
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
 def test_equal_changes_give_the_change_to_the_last_bit(rule, n):

@@ -39,6 +39,8 @@ _OTHERS = {
     "world_facts": "world_facts_perturbed",
 }
 SETS = ("forget", *_OTHERS, "holdout")
+_AUTHORS, _EACH = 200, 20
+"""The last so many in a hundred of the authors are to be forgotten, with this many questions about each."""
 _REWORDED = wordings_of("forget")
 _OTHER_ATTACKS: tuple[Literal["loss", "zlib", "min_k_plus_plus"], ...] = ("loss", "zlib", "min_k_plus_plus")
 """On membership, beside Min-K."""
@@ -125,8 +127,12 @@ class TOFU(Benchmark):
 
     @cached_property
     def request(self) -> Scope:
+        """Passages to forget have the attribute ``author``, the number among the 200 of the data set."""
         probes = {name: asked.examples for name, asked in self.sets.items()}
         forget, retain = ([_passage(p) for p in probes[name] if isinstance(p, Probe)] for name in ("forget", "retain"))
+        first = (_AUTHORS - _AUTHORS * int(self.forget.removeprefix("forget")) // 100) * _EACH
+        first += self.rows.get("forget", (0, 0))[0]
+        forget = [_by(passage, (first + i) // _EACH) for i, passage in enumerate(forget)]
         return Scope.of(
             self.name, forget=forget, retain=retain, in_easy=probes["forget"], in_hard=probes[_REWORDED],
             out_near=probes["retain"], out_far=(*probes["real_authors"], *probes["world_facts"]),
@@ -154,6 +160,10 @@ def _probe(row: Row) -> Probe:
 
 def _passage(probe: Probe) -> Passage:
     return Passage(text=probe.answers[0], prompt=probe.prompt)
+
+
+def _by(passage: Passage, author: int) -> Passage:
+    return passage.model_copy(update={"attributes": (("author", str(author)),)})
 
 
 def _check_apart(asked: Mapping[str, tuple[Probe, ...]]) -> None:

@@ -211,6 +211,17 @@ def test_what_is_asked_to_be_forgotten_is_a_scope(folder: Path):
     assert (len(scope.retain), len(scope.in_hard), len(scope.out_far)) == (6, 2, 6)
 
 
+def test_passages_to_forget_know_their_author(folder: Path):
+    (folder / "forget05_perturbed.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows(1000, 50)))
+
+    def authors(**settings: Any) -> list[str | None]:
+        return [p.attribute("author") for p in tofu(folder, **settings).request.forget]
+
+    assert authors() == ["198"] * 6
+    assert authors(forget="forget05") == ["190"] * 20 + ["191"] * 20 + ["192"] * 10
+    assert authors(forget="forget05", rows={"forget": (30, 50)}, n_items=12) == ["191"] * 10 + ["192"] * 2
+
+
 def test_a_model_without_a_chat_template_is_asked_too(folder: Path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
