@@ -12,6 +12,7 @@ from pathlib import Path
 from concept_unlearn.data.examples import read_jsonl, to_passage, write_jsonl
 
 RETAINED = 160  # the first eight authors of the full set
+EACH = 20  # questions an author
 
 
 def main() -> None:
@@ -26,7 +27,8 @@ def main() -> None:
         "forget": list(rows(options.data / "forget01.jsonl")),
     }
     for name, found in tables.items():
-        write_jsonl(scope / f"{name}.jsonl", map(to_passage, found))
+        known = ({**row, "attributes": {"author": str(i // EACH)}} for i, row in enumerate(found))
+        write_jsonl(scope / f"{name}.jsonl", map(to_passage, known))
     texts = [f"{row['question']}\n{row['answer']}" for found in tables.values() for row in found]
     corpus = options.output / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")

@@ -251,38 +251,38 @@ class TestBadInput:
 
 class TestSettings:
     def test_overlay_the_common_config_by_name(self, workplace, tmp_path):
-        on = {
+        settings = {
             "a": {"compare": {"means": None, "own": {"kind": "steer", "sites": ["resid_post.2"]}}},
             "b": {"scope": "chess", "calibration": None},
         }
-        run = load_run(config(workplace, tmp_path / "out", on=on))
-        a, b = run.settings["a"], run.settings["b"]
+        run = load_run(config(workplace, tmp_path / "out", settings=settings))
+        a, b = run.runs["a"], run.runs["b"]
         assert (set(a.compare), set(b.compare)) == ({"leace", "own"}, {"means", "leace"})
         assert (a.output, b.output) == (tmp_path / "out" / "a", tmp_path / "out" / "b")
         assert (a.scope, b.scope, b.calibration) == (run.scope, "chess", None)
         assert a.calibration == run.calibration
-        assert not a.on
+        assert not a.settings
 
     def test_without_any_is_the_run_itself(self, workplace, tmp_path):
         run = load_run(config(workplace, tmp_path / "out"))
-        assert run.settings == {"": run}
+        assert run.runs == {"": run}
 
     @pytest.mark.parametrize(
-        ("on", "said"),
+        ("settings", "said"),
         [
-            ({"a": {"output": "x"}}, "on.a: a setting has no 'output' of its own"),
+            ({"a": {"output": "x"}}, "settings.a: a setting has no 'output' of its own"),
             ({"a/b": {}}, "a setting's name is a folder's"),
-            ({"a": {"compare": {"npo": {"kind": "npoo"}}}}, "on.a: no method named 'npoo'"),
+            ({"a": {"compare": {"npo": {"kind": "npoo"}}}}, "settings.a: no method named 'npoo'"),
         ],
     )
-    def test_that_make_no_sense_are_refused(self, workplace, tmp_path, on, said):
+    def test_that_make_no_sense_are_refused(self, workplace, tmp_path, settings, said):
         with pytest.raises(InvalidConfig, match=said):
-            load_run(config(workplace, tmp_path / "out", on=on))
+            load_run(config(workplace, tmp_path / "out", settings=settings))
 
     def test_are_run_one_after_another_and_shown_together(self, workplace, tmp_path):
         only = {"calibration": None, "benchmark": {"max_probes": 2, "max_passages": 2}}
-        on = {"a": {"compare": {"means": None}}, "b": {"compare": {"leace": None}}}
-        path = config(workplace, tmp_path / "out", on=on, **only)
+        settings = {"a": {"compare": {"means": None}}, "b": {"compare": {"leace": None}}}
+        path = config(workplace, tmp_path / "out", settings=settings, **only)
         result = CliRunner().invoke(app, ["run", str(path)])
         assert result.exit_code == 0, result.output
         for name in ("a", "b"):

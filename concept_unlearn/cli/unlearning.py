@@ -27,7 +27,7 @@ def run(
     from ..run import execute, load_run
 
     wanted, reports = load_run(config, set_ or []), {}
-    for name, run in wanted.settings.items():
+    for name, run in wanted.runs.items():
         with quiet(), bars() as track:
             reports[name] = report = execute(run, tracker=track)
         if name:

@@ -78,7 +78,7 @@ class Run(Frozen):
     seeds: tuple[int, ...] = ()
     """Methods that draw anything are made once for each; the method's own seed where empty."""
     output: Path = Path("runs/run")
-    on: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """The same methods in several settings, by name: keys of this config to put in place there. Mappings are added to
     (``compare: {npo: null}`` leaves one out), and each setting has a folder of its own in ``output``.
     """
@@ -114,26 +114,26 @@ class Run(Frozen):
             raise InvalidConfig(
                 f"calibration.metric ({spec.metric}) goes with a benchmark; a scope is kept by its probes and passages"
             )
-        for name in self.on:
+        for name in self.settings:
             if not name or "/" in name:
                 raise InvalidConfig(f"a setting's name is a folder's, without a '/'; given: {name!r}")
-        _ = self.settings
+        _ = self.runs
         return self
 
     @property
-    def settings(self) -> dict[str, Run]:
+    def runs(self) -> dict[str, Run]:
         """A run for each setting; the run itself, under no name, where there is none."""
-        if not self.on:
+        if not self.settings:
             return {"": self}
-        common = self.model_dump(mode="json", exclude={"on", "output"})
+        common = self.model_dump(mode="json", exclude={"settings", "output"})
         found = {}
-        for name, own in self.on.items():
-            if odd := [key for key in own if key in ("on", "output")]:
-                raise InvalidConfig(f"on.{name}: a setting has no {odd[0]!r} of its own")
+        for name, own in self.settings.items():
+            if odd := [key for key in own if key in ("settings", "output")]:
+                raise InvalidConfig(f"settings.{name}: a setting has no {odd[0]!r} of its own")
             try:
                 found[name] = build(Run, _overlaid(common, own) | {"output": self.output / name})
             except ConceptUnlearnError as error:
-                raise InvalidConfig(f"on.{name}: {error}") from None
+                raise InvalidConfig(f"settings.{name}: {error}") from None
         return found
 
 

@@ -130,10 +130,10 @@ class SequenceReport(Frozen):
         for name, told in self.told.items():
             labels.setdefault(told.label, []).append(name)
         left = "; ".join(f"{label} ({', '.join(names)})" for label, names in labels.items())
-        reference = "the untouched model" if self.fixed_reference else "what the request before left"
+        reference = "; training compares with the untouched model" if self.fixed_reference else ""
         return (
-            f"{self.model}, {self.method.get('kind', '')}; training compares with {reference}. Left: {left}. Kept: as "
-            "a share of the untouched model's. Brackets: 95 % intervals."
+            f"{self.model}, {self.method.get('kind', '')}{reference}. Left: {left}. Kept: as a share of the untouched "
+            "model's. Brackets: 95 % intervals."
         )
 
 

@@ -94,7 +94,9 @@ def test_the_table_has_a_row_a_request_and_a_column_for_what_is_left_of_each(rep
     assert [cell.split(" ")[0] for cell in second] == ["second", "12%", "12%", "56%", "0%"]
     lines = report.markdown().splitlines()
     assert len({line.count("|") for line in lines[:5]}) == 1
-    assert "what the request before left" in lines[6]
+    assert "training compares" not in lines[6]
+    fixed = report.model_copy(update={"fixed_reference": True})
+    assert "training compares with the untouched model" in fixed.markdown()
     assert "answers right (first, second)" in lines[6]
 
 
