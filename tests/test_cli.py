@@ -13,8 +13,8 @@ from test_run import config
 from typer.testing import CliRunner
 
 from concept_unlearn.cli import app, main
-from concept_unlearn.cli.unlearning import finetune
-from concept_unlearn.errors import InvalidConfig, PatchMismatch
+from concept_unlearn.cli.unlearning import fit
+from concept_unlearn.errors import InvalidConfig, PatchMismatch, UnknownName
 from concept_unlearn.lm import LM
 from concept_unlearn.methods import Method, preset
 from concept_unlearn.patches import load_patch
@@ -45,10 +45,11 @@ def test_unlearn_then_evaluate(workplace, tmp_path):
     assert json.loads((tmp_path / "report" / "summary.json").read_text())["patch"] == "patch"
 
 
-def test_finetune_then_evaluate_then_bake(workplace, tmp_path):
+def test_fit_then_evaluate_then_bake(workplace, tmp_path):
     common = ("--model", workplace / "model", "--scope", workplace / "scope")
-    out = shell("finetune", "npo", *common, "--output", tmp_path / "npo", "--set", "lr=1e-2", "--set", "epochs=2")
-    assert "changed, 0 MB" in out
+    out = shell("fit", "npo", *common, "--output", tmp_path / "npo", "--set", "lr=1e-2", "--set", "epochs=2")
+    assert "npo: a weight patch of" in out.replace("\n", "")
+    assert json.loads((tmp_path / "npo" / "config.json").read_text())["made"]["method"]["lr"] == 1e-2
     assert {p.name.split("-")[0] for p in (tmp_path / "npo").iterdir()} == {"config.json", "patch"}
     out = shell("evaluate", *common, "--patch", tmp_path / "npo", "--max-probes", 4)
     assert "answers right" in out
@@ -74,30 +75,33 @@ def test_a_sequence_of_requests_goes_on_and_leaves_a_table_and_a_patch(workplace
     assert patch.kind == "stack"
 
 
-def test_finetune_takes_a_file_and_refuses_other_methods(workplace, tmp_path):
+def test_fit_takes_a_file_or_any_kind_of_method(workplace, tmp_path):
     common = ("--model", workplace / "model", "--scope", workplace / "scope", "--output", tmp_path / "patch")
     (tmp_path / "mine.yaml").write_text("{kind: finetune, objectives: [{kind: ga, weight: 0.1}, retain_kl]}")
-    shell("finetune", tmp_path / "mine.yaml", *common, "--set", "max_steps=1", "--whole")
-    result = CliRunner().invoke(app, ["finetune", "farrell", *map(str, common), "--set", "dictionaries=[a]"])
-    assert isinstance(result.exception, InvalidConfig)
-    assert "farrell is a suppress method" in str(result.exception)
+    shell("fit", tmp_path / "mine.yaml", *common, "--set", "max_steps=1", "--whole")
+    for method, setting in (("steer", "sites=[resid_post.1]"), ("negate", "max_steps=1")):
+        shell("fit", method, *common, "--set", setting)
+        made = json.loads((tmp_path / "patch" / "config.json").read_text())["made"]
+        assert (made["method"]["kind"], made["data_kinds"]) == (method, ["text"])
+    with pytest.raises(UnknownName, match="no method named 'neger'"):
+        fit("neger", output=tmp_path / "other", scope=str(workplace / "scope"))
 
 
-def test_finetune_touches_nothing_that_is_not_its_own(workplace, tmp_path):
+def test_fit_touches_nothing_that_is_not_its_own(workplace, tmp_path):
     common = ("--model", workplace / "model", "--scope", workplace / "scope")
     (tmp_path / "mine" / "work").mkdir(parents=True)
     (tmp_path / "mine" / "work" / "thesis.txt").write_text("mine")
     for folder, foreign in (("mine", "work"), ("thesis.txt", "is a file")):
         (tmp_path / "thesis.txt").write_text("mine")
         with pytest.raises(InvalidConfig, match=foreign):
-            finetune("npo", output=tmp_path / folder, scope=str(workplace / "scope"))
+            fit("npo", output=tmp_path / folder, scope=str(workplace / "scope"))
     with pytest.raises(InvalidConfig, match="holds something else"):
-        finetune("npo", output=workplace / "model", scope=str(workplace / "scope"))
+        fit("npo", output=workplace / "model", scope=str(workplace / "scope"))
     assert (tmp_path / "mine" / "work" / "thesis.txt").read_text() == "mine"
     with pytest.raises(InvalidConfig, match="no config file"):
-        finetune(str(tmp_path / "none.yaml"), output=tmp_path / "new", scope=str(workplace / "scope"))
+        fit(str(tmp_path / "none.yaml"), output=tmp_path / "new", scope=str(workplace / "scope"))
     for _ in range(2):  # its own patch may be made anew
-        shell("finetune", "npo", *common, "--output", tmp_path / "new", "--set", "max_steps=1")
+        shell("fit", "npo", *common, "--output", tmp_path / "new", "--set", "max_steps=1")
 
 
 def test_a_recipe_is_shown_with_all_its_settings():

@@ -14,6 +14,10 @@ from ..errors import InvalidConfig
 from .app import Dictionary, Model, Overrides, ScopeName, Spec, app, bars, console, parsed, quiet
 
 
+_BEGUN = "begun"
+"""A file in a folder of work, by which it is known to be ours."""
+
+
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="A YAML file, see configs/ and the schema verb.")],
@@ -81,25 +85,26 @@ def unlearn(
                 lm, patch, tune, keep=keep, max_perplexity=max_perplexity, max_gibberish=max_gibberish, grid=grid,
                 progress=progress,
             )  # fmt: skip
-        patch.save(output)
+        patch.save(output, made=method.record(patch))
     console.print(f"{output}: strength {patch.strength:.3g}, {patch.n_bytes / 1024:.0f} KB")
 
 
 @app.command()
-def finetune(
-    recipe: Annotated[str, typer.Argument(help="A preset such as npo (the list verb names them), or a YAML file.")],
+def fit(
+    method: Annotated[str, typer.Argument(help="A preset or kind (the list verb names them), or a YAML file.")],
     scope: ScopeName,
     output: Annotated[Path, typer.Option(help="Folder for the patch, and for checkpoints while it is made.")],
     model: Model = "smollm2",
     set_: Overrides = None,
     whole: Annotated[
-        bool, typer.Option("--whole", help="Keep with all retained text; half of it is left for evaluate otherwise.")
+        bool,
+        typer.Option("--whole", help="Use all retained text and probes; half of them are left for evaluate otherwise."),
     ] = False,
 ) -> None:
-    """Unlearn by gradients and save what changed in the weights as a patch.
+    """Make a patch by any method, as strong as it comes, and save it.
 
-    A call that was stopped goes on to the same weights. Several processes share it:
-    accelerate launch -m concept_unlearn finetune ...
+    A call that was stopped goes on to the same patch. Several processes share a training:
+    accelerate launch -m concept_unlearn fit ...
     """
     from ..activations.processes import Processes
     from ..config import override, read_mapping
@@ -107,25 +112,25 @@ def finetune(
     from ..lm import LM
     from ..methods import PRESETS, Finetune, Method, Study
 
-    spec = read_mapping(Path(recipe)) if recipe.endswith((".yaml", ".yml")) else {"preset": recipe}
+    named = {"preset": method} if method in PRESETS else {"kind": method}
+    spec = read_mapping(Path(method)) if method.endswith((".yaml", ".yml")) else named
     for line in set_ or []:
         override(spec, line)
-    kind = PRESETS.get(spec.get("preset", ""), spec).get("kind", Finetune.kind)
-    if kind != Finetune.kind:
-        raise InvalidConfig(f"{recipe} is a {kind} method: the unlearn and run verbs serve those")
-    method = Method.parse(spec)
-    assert isinstance(method, Finetune)
+    made = Method.parse(spec)
     _check_is_free(output)
     with quiet(), bars() as track:
         lm, found = LM.load(model), Scope.load(scope)
+        (output / "work").mkdir(parents=True, exist_ok=True)
+        (output / "work" / _BEGUN).touch()
         if not whole:
             found = found.keeping_half()
-        with track(f"finetune {recipe}", method.n_items(found)) as progress:
-            patch = method.fit(Study(lm, found, folder=output / "work", progress=progress))
+        total = made.n_items(found) if isinstance(made, Finetune) else None
+        with track(f"fit {method}", total) as progress:
+            patch = made.fit(Study(lm, found, folder=output / "work", progress=progress))
         if Processes.here().rank == 0:
-            patch.save(output, lm)
-            shutil.rmtree(output / "work")
-    console.print(f"{output}: {len(patch.deltas)} parameters changed, {patch.n_bytes / 2**20:.0f} MB")
+            patch.save(output, lm, made=made.record(patch))
+            shutil.rmtree(output / "work", ignore_errors=True)
+    console.print(f"{output}: a {patch.kind} patch of {patch.n_bytes / 2**20:.2g} MB")
 
 
 def _check_is_free(output: Path) -> None:
@@ -133,7 +138,7 @@ def _check_is_free(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise InvalidConfig(f"{output} is a file: give a folder for the patch")
     entries = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    unfinished = {"work"} if (output / "work" / "finetuning.json").is_file() else set()
+    unfinished = {"work"} if (output / "work" / _BEGUN).is_file() else set()
     finished = {n for n in entries if n == "config.json" or (n.startswith("patch-") and n.endswith(".safetensors"))}
     if "config.json" in finished and "canary" not in (output / "config.json").read_text():
         finished = set()

@@ -135,9 +135,9 @@ class Scope:
         return Halves(*(Scope(self.name, **half, source=self.source) for half in (tune, test)))
 
     def keeping_half(self) -> Scope:
-        """All that is to be forgotten, and of the passages to keep the half that ``halves`` gives to ``tune``."""
-        near, retain = _deal(self.near)[0], _deal(self.retain)[0]
-        return replace(self, near=near, retain=retain)
+        """All passages to forget, and of the others and of the probes the half that ``halves`` gives to ``tune``."""
+        halved: dict[str, Any] = {name: _deal(getattr(self, name))[0] for name in ("near", "retain", *PROBES)}
+        return replace(self, **halved)
 
     def without(self, passages: Iterable[Passage]) -> Scope:
         """Keeps none of these passages; what is to be forgotten stays. Raises EmptyData where nothing is kept then."""

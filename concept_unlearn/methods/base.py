@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable
@@ -130,6 +131,16 @@ class Method(Component, family=True):
     ) -> Patch:
         """A method that works long keeps checkpoints in ``folder`` and goes on from them."""
         return self.fit(Study(lm, scope, folder=None if folder is None else Path(folder), progress=progress))
+
+    def record(self, patch: Patch) -> dict[str, Any]:
+        """How a patch of this method was made, for ``patch.save(made=...)``: every setting, its seed among them."""
+        return {
+            "method": self.spec(),
+            "data_kinds": sorted(self.data_kinds),
+            "access": patch.access,
+            "n_parameters": sum(t.numel() for t in patch.tensors().values()),
+            "version": importlib.metadata.version("concept-unlearn"),
+        }
 
     @property
     def reads(self) -> tuple[tuple[str, ...], tuple[Site, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,13 +65,14 @@ class Patch(ABC):
         """The patch with its origin: this model, and as canary the text that it changes most."""
         return replace(self, origin=Origin.of(self, lm, texts))  # type: ignore[type-var]
 
-    def save(self, folder: str | Path, lm: LM | None = None) -> Path:
+    def save(self, folder: str | Path, lm: LM | None = None, *, made: Mapping[str, Any] | None = None) -> Path:
         """``config.json`` and safetensors. Give the model if the patch was neither calibrated on it nor made
-        by a method; raises InvalidConfig if it has met none.
+        by a method; raises InvalidConfig if it has met none. ``made`` is how it was made, ``Method.record``: it
+        stands in the config for whoever reads it.
         """
         from .io import save
 
-        return save(self if lm is None else self.met(lm), Path(folder))
+        return save(self if lm is None else self.met(lm), Path(folder), made)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Returns the commit's address."""

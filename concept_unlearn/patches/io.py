@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from .origin import Origin
 FORMAT = 1
 
 
-def save(patch: Patch, folder: Path) -> Path:
+def save(patch: Patch, folder: Path, made: Mapping[str, Any] | None = None) -> Path:
     if patch.origin is None:
         raise InvalidConfig("this patch has not met its model yet: patch.save(folder, lm), or calibrate it first")
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,6 +39,7 @@ def save(patch: Patch, folder: Path) -> Path:
         "origin": patch.origin.model_dump(mode="json"),
         "tensors": {"file": f"patch-{digest[:12]}.safetensors", "sha256": digest},
         "patch": patch.spec(),
+        **({} if made is None else {"made": dict(made)}),
     }
     write_atomically(folder / config["tensors"]["file"], content)  # type: ignore[index]
     write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())

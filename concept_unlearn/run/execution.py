@@ -149,7 +149,7 @@ class _Execution:
         }
         calibrated = self._stage(f"strength-{full}", Calibrated, what, lambda: self._calibrate(full, patch.at(1.0)))
         if patch.strength != calibrated.strength:
-            patch = self._save(patch.at(calibrated.strength), folder)
+            patch = self._save(patch.at(calibrated.strength), folder, method)
         what |= {
             "benchmark": [self.benchmark.spec(), self.benchmark.digest],
             "attacks": {n: a.spec() for n, a in self.run.attacks.items()},
@@ -173,15 +173,15 @@ class _Execution:
         if self.here.rank == 0:  # the folder no longer holds what a former config put there
             for stale in self.stages.glob(f"fit-{glob.escape(name)}-{'[0-9a-f]' * _KEY}.json"):
                 stale.unlink()
-        self._save(patch, folder)
+        self._save(patch, folder, method)
         if self.here.rank == 0:
             shutil.rmtree(work, ignore_errors=True)
         return Fitted(fit=asdict(meter.after(self.shared) if any(method.reads) else meter))
 
-    def _save(self, patch: Patch, folder: Path) -> Patch:
+    def _save(self, patch: Patch, folder: Path, method: Method) -> Patch:
         met = patch.met(self.lm, [p.text for p in self.learned.forget[:_CANARIES]])
         if self.here.rank == 0:
-            met.save(folder)
+            met.save(folder, made=method.record(met))
         self.here.wait()
         return met
 

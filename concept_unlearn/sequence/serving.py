@@ -213,7 +213,7 @@ class Sequential:
             return
         met = patch.met(self.lm, texts)
         if self.stages.here.rank == 0:
-            met.save(folder)
+            met.save(folder, made=self.method.record(met))
         self.stages.here.wait()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from functools import cache
 from typing import Any
 
@@ -148,9 +149,12 @@ def test_it_does_the_same_with_and_without_the_cache_alone_and_padded(planted, m
 
 
 @every_method
-def test_saved_and_loaded_it_is_the_same_and_refuses_another_model(planted, made, rows, name, tmp_path):
+def test_saved_and_loaded_it_is_the_same_and_refuses_another_model(planted, made, folders, rows, name, tmp_path):
     lm, patch = planted.lm, made(name)
-    patch.save(tmp_path / "patch")
+    made_by = method(name, folders)
+    patch.save(tmp_path / "patch", made=made_by.record(patch))
+    record = json.loads((tmp_path / "patch" / "config.json").read_text())["made"]
+    assert (record["method"], record["access"]) == (json.loads(json.dumps(made_by.spec())), patch.access)
     again = load_patch(tmp_path / "patch", lm)
     assert (again.spec(), again.digest) == (patch.spec(), patch.digest)
     with patch.on(lm):

@@ -18,7 +18,7 @@ from ...component import build
 from ...data.scope import Scope
 from ...errors import InvalidConfig
 from ...lm import LM
-from ...lm.head import Head
+from ...lm.head import Ending, ending
 from ...objectives import Objective, RetainNLL
 from .gradients import Gradient, Layers, Take, add_, dot, gradients, layers, measuring_beside, zeros
 from .results import Effect, GEffect, table
@@ -83,8 +83,8 @@ class Gauge:
             raise InvalidConfig(f"the same objective is given twice: {', '.join(self.labels)}")
 
     @cached_property
-    def head(self) -> Head:
-        return Head(self.lm.model)
+    def head(self) -> Ending:
+        return ending(self.lm.model)
 
     def about(self) -> dict[str, Any]:
         """What was measured, and of which passages, by their places among those of the side."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...lm import LM, Site
 from ...lm.forward import run_until_stopped
-from ...lm.head import Head
+from ...lm.head import Ending, ending
 from ...lm.locate import blocks
 from ...objectives import Objective
 from ...step import Batch, LiveReference, Step, Tally
@@ -44,7 +44,7 @@ def measuring_beside(lm: LM, reference: LM | None) -> Iterator[tuple[list[nn.Par
     """``measuring``, with another model, or this one as it is, for a reference."""
     known = reference or lm
     with measuring(known), measuring(lm) as parameters:
-        yield parameters, LiveReference(known, Head(known.model))
+        yield parameters, LiveReference(known, ending(known.model))
 
 
 class Layers(NamedTuple):
@@ -79,7 +79,7 @@ def layers(lm: LM, parameters: Sequence[nn.Parameter]) -> Layers:
 
 
 def steps(
-    lm: LM, head: Head, objectives: Sequence[Objective], sample: Sample, *, apart: bool = False
+    lm: LM, head: Ending, objectives: Sequence[Objective], sample: Sample, *, apart: bool = False
 ) -> Iterator[Step]:
     """The sample's batches as parts of one optimiser step, or with ``apart`` each as a step of its own."""
     reads = tuple(dict.fromkeys(r for o in objectives for r in o.reads(lm)))
@@ -102,7 +102,7 @@ def steps(
 
 def gradients(
     lm: LM,
-    head: Head,
+    head: Ending,
     objectives: Sequence[Objective],
     sample: Sample,
     parameters: Sequence[nn.Parameter],

@@ -13,7 +13,7 @@ from ...component import build
 from ...data.scope import Scope
 from ...errors import InvalidConfig
 from ...lm import LM
-from ...lm.head import Head
+from ...lm.head import ending
 from ...methods.base import Study
 from ...methods.finetune import Finetune
 from ...objectives import Objective, RetainNLL
@@ -63,7 +63,7 @@ def trace_g_effect(
     if any(r.reference and r.where == "all" for o in (*measured, risk) for r in o.reads(lm)):
         raise InvalidConfig("along a run the reference is looked up, and what an objective asks of padding cannot be")
     with measuring(lm):
-        head = Head(lm.model)
+        head = ending(lm.model)
         untouched = LiveReference(lm, head, _as_it_was(head.module))
         drawn = draw(lm, scope, measured, risk, estimator, untouched)
     gauge = Gauge(lm, measured, risk, drawn, estimator)
