@@ -264,8 +264,9 @@ class TestSettings:
         assert not a.settings
 
     def test_without_any_is_the_run_itself(self, workplace, tmp_path):
-        run = load_run(config(workplace, tmp_path / "out"))
-        assert run.runs == {"": run}
+        for settings in ({}, {"a": None}):
+            run = load_run(config(workplace, tmp_path / "out", settings=settings))
+            assert run.runs == {"": run}
 
     @pytest.mark.parametrize(
         ("settings", "said"),

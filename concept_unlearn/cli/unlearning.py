@@ -13,7 +13,6 @@ from rich.text import Text
 from ..errors import InvalidConfig
 from .app import Dictionary, Model, Overrides, ScopeName, Spec, app, bars, console, parsed, quiet
 
-
 _BEGUN = "begun"
 """A file in a folder of work, by which it is known to be ours."""
 

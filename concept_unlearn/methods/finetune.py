@@ -19,7 +19,7 @@ from ..training.adapter import train_adapter
 from ..training.attribution import Attribution, Mask
 from ..training.data import make_data
 from ..training.sharded import is_sharded, train_shares
-from ..training.trainable import Trainable, autocast, checkpointed, train_weights
+from ..training.trainable import HALF, Trainable, autocast, checkpointed, train_weights
 from .base import Study
 from .descent import _Descent
 
@@ -90,4 +90,9 @@ class Finetune(_Descent):
         meant = [o.trains(study.lm) for o in self.objectives if not o.retains]
         named = tuple(dict.fromkeys(name for names in meant for name in names or ()))
         chosen = self.parameters or (named if named and None not in meant else None)
+        if chosen and self.precision == "fp32" and study.lm.dtype in HALF:
+            raise InvalidConfig(
+                f"a part of a model in {study.lm.dtype} cannot be trained in fp32 beside the rest: load the model in "
+                "float32, or leave precision at auto"
+            )
         return train_shares(study.lm, chosen) if is_sharded() else train_weights(study.lm, chosen)

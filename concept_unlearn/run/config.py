@@ -78,9 +78,10 @@ class Run(Frozen):
     seeds: tuple[int, ...] = ()
     """Methods that draw anything are made once for each; the method's own seed where empty."""
     output: Path = Path("runs/run")
-    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """The same methods in several settings, by name: keys of this config to put in place there. Mappings are added to
-    (``compare: {npo: null}`` leaves one out), and each setting has a folder of its own in ``output``.
+    settings: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
+    """The same methods in several settings, by name: keys of this config to put in place there. Methods and attacks are
+    added to (``compare: {npo: null}`` leaves one out); each setting has a folder of its own in ``output``, and one that
+    is null is left out.
     """
 
     @field_validator("benchmark", mode="before")
@@ -123,11 +124,12 @@ class Run(Frozen):
     @property
     def runs(self) -> dict[str, Run]:
         """A run for each setting; the run itself, under no name, where there is none."""
-        if not self.settings:
+        settings = {name: own for name, own in self.settings.items() if own is not None}
+        if not settings:
             return {"": self}
         common = self.model_dump(mode="json", exclude={"settings", "output"})
         found = {}
-        for name, own in self.settings.items():
+        for name, own in settings.items():
             if odd := [key for key in own if key in ("settings", "output")]:
                 raise InvalidConfig(f"settings.{name}: a setting has no {odd[0]!r} of its own")
             try:

@@ -301,6 +301,11 @@ class TestHoweverItIsRun:
     def test_gradient_checkpointing_changes_nothing(self, lm, scope):
         assert_close(fit(lm, scope)[0], fit(lm, scope, gradient_checkpointing=True)[0], rtol=0, atol=1e-6)
 
+    def test_a_part_of_a_half_precision_model_is_not_trained_in_full_precision(self, scope):
+        half = LM(make_hf().to(torch.bfloat16), make_tokenizer(), name="half")
+        with pytest.raises(InvalidConfig, match="load the model in float32, or leave precision at auto"):
+            tiny_finetune(precision="fp32", parameters=("*mlp*",))(half, scope)
+
     def test_half_precision_looks_at_the_same_reference(self, scope):
         """Autocast would keep the cast of a weight after another was put in its place, and KL would see itself."""
         half, full = (LM(make_hf().to(torch.bfloat16).to(d), make_tokenizer()) for d in (torch.bfloat16, torch.float32))
