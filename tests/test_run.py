@@ -76,7 +76,7 @@ def test_a_recipe_by_its_name_is_a_method_and_goes_on_where_its_training_was(wor
     whole = config(workplace, tmp_path / "whole", **settings)
     report = execute(load_run(whole))
     assert [entry.name for entry in report.entries] == ["sae", "grad"]
-    assert not (tmp_path / "whole" / "work" / "sae").exists()
+    assert not list((tmp_path / "whole" / "work").iterdir())
 
     taken, take = [], Loop._take
 
@@ -87,7 +87,11 @@ def test_a_recipe_by_its_name_is_a_method_and_goes_on_where_its_training_was(wor
         return take(self)
 
     monkeypatch.setattr(Loop, "_take", counted)
-    stopped = config(workplace, tmp_path / "stopped", **settings)
+    other = config(workplace, tmp_path / "stopped", **settings | {"method": recipe | {"lr": 2e-2}})
+    with pytest.raises(KeyboardInterrupt):
+        execute(load_run(other))
+    taken.clear()
+    stopped = config(workplace, tmp_path / "stopped", **settings)  # another learning rate begins anew
     with pytest.raises(KeyboardInterrupt):
         execute(load_run(stopped))
     execute(load_run(stopped))

@@ -166,7 +166,9 @@ class _Execution:
         return self._stage(f"entry-{full}", Entry, what, observe, _is_whole)
 
     def _fit(self, name: str, method: Method, folder: Path) -> Fitted:
-        study, work = self.study, self.run.output / "work" / name
+        all_work = self.run.output / "work"
+        key = hashlib.sha256(json.dumps(method.spec(), sort_keys=True).encode()).hexdigest()[:_KEY]
+        study, work = self.study, all_work / f"{name}-{key}"  # what another setting has begun is not gone on from
         with self.track(f"make {name}", None) as progress, metered(self.lm) as meter:
             study.progress, study.folder = progress, work
             patch = method.fit(study)
@@ -175,7 +177,8 @@ class _Execution:
                 stale.unlink()
         self._save(patch, folder, method)
         if self.here.rank == 0:
-            shutil.rmtree(work, ignore_errors=True)
+            for begun in all_work.glob(f"{glob.escape(name)}-{'[0-9a-f]' * _KEY}"):
+                shutil.rmtree(begun, ignore_errors=True)
         return Fitted(fit=asdict(meter.after(self.shared) if any(method.reads) else meter))
 
     def _save(self, patch: Patch, folder: Path, method: Method) -> Patch:
