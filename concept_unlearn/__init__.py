@@ -115,9 +115,11 @@ from .evaluation.view import Asked as Asked
 from .evaluation.view import View as View
 from .features import AttributionScore as AttributionScore
 from .features import AUCScore as AUCScore
+from .features import Choice as Choice
 from .features import CountScore as CountScore
 from .features import EnrichmentScore as EnrichmentScore
 from .features import FisherScore as FisherScore
+from .features import Inspection as Inspection
 from .features import MeanDifferenceScore as MeanDifferenceScore
 from .features import Score as Score
 from .features import SelectivityScore as SelectivityScore
@@ -125,6 +127,7 @@ from .features import SparsityScore as SparsityScore
 from .features import Stats as Stats
 from .features import attribute as attribute
 from .features import difference_of_means as difference_of_means
+from .features import inspect_features as inspect_features
 from .features import leace as leace
 from .features import matched_frequency as matched_frequency
 from .features import measure as measure
@@ -186,12 +189,14 @@ from .objectives import TemperatureGA as TemperatureGA
 from .patches import AdapterPatch as AdapterPatch
 from .patches import CodebookPatch as CodebookPatch
 from .patches import ExpertPatch as ExpertPatch
+from .patches import Explanation as Explanation
 from .patches import FeaturePatch as FeaturePatch
 from .patches import LogitPatch as LogitPatch
 from .patches import Patch as Patch
 from .patches import PromptPatch as PromptPatch
 from .patches import Stack as Stack
 from .patches import WeightPatch as WeightPatch
+from .patches import explain as explain
 from .patches import fuse as fuse
 from .patches import load_patch as load_patch
 from .patches import merge as merge

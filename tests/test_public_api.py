@@ -47,6 +47,7 @@ EXPORTED = [
     "Follow", "LowerFeatures", "Negate", "SplitMerge", "Sequential", "SequenceReport", "SequenceRun", "load_sequence",
     "BlackBox", "Corrupt", "PromptPatch", "Offset", "LogitPatch",
     "Expert", "ExpertPatch", "EUL", "Depart", "AdapterPatch", "fuse",
+    "Choice", "Inspection", "inspect_features", "Explanation", "explain",
 ]  # fmt: skip
 FAMILIES = [Edit, Gate, Score, Method, Architecture, Objective, Attack, Benchmark, Metric, WeightScore]
 MEMBERS = [(family, member) for family in FAMILIES for member in family.members.values()]

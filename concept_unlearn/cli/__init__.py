@@ -9,6 +9,8 @@ from .app import main as main
 from . import unlearning as unlearning
 from . import sequence as sequence
 from . import judging as judging
+from . import inspecting as inspecting
 from . import lm_eval as lm_eval
 from . import dictionaries as dictionaries
 from . import about as about
+from . import doctor as doctor

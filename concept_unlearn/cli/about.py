@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 import typer
 import yaml
 from pydantic import BaseModel
-from rich.table import Table
+from rich.text import Text
 
+from ..errors import UnknownName
 from .app import app, bars, console, quiet
 
 Config = Literal["run", "recipe", "sequence"]
@@ -27,37 +28,44 @@ def fetch(name: Annotated[str, typer.Argument(help="An embedded model.")] = "smo
 
 
 @app.command(name="list")
-def list_() -> None:
-    """What is built in: concepts, dictionaries, components, presets, models."""
-    from ..data.scope import concepts
-    from ..dictionaries import Architecture, shipped
-    from ..edits import Edit
-    from ..evaluation.attacks import Attack
-    from ..evaluation.benchmark import Benchmark
-    from ..evaluation.metric import Metric
-    from ..features import Score
-    from ..gates import Gate
-    from ..lm.embedded import EMBEDDED
-    from ..methods import PRESETS, Method
-    from ..objectives import Objective
-    from ..weights import WeightScore
+def list_(
+    family: Annotated[
+        str | None, typer.Argument(help="Only these, e.g. methods.", autocompletion=lambda: sorted(_catalogue()))
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As plain data.")] = False,
+) -> None:
+    """What is built in: concepts, dictionaries, components, presets, models, each with a line of what it is."""
+    known = _catalogue()
+    if family is not None and family not in known:
+        raise UnknownName("family", family, known)
+    chosen = known if family is None else {family: known[family]}
+    if as_json:
+        sys.stdout.write(json.dumps(chosen, indent=1, ensure_ascii=False) + "\n")
+        return
+    for name, members in chosen.items():
+        console.print(Text(name, "bold"))
+        width = max(map(len, members), default=0)
+        for member, line in members.items():
+            row = Text.assemble("  ", (f"{member:<{width}}", "cyan"), f"  {line}")
+            if family is None and console.is_terminal:  # an overview has a line for each, whatever the width
+                console.print(row, no_wrap=True, overflow="ellipsis", highlight=False)
+            else:
+                console.print(row, soft_wrap=True, highlight=False)
 
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for what, names in (
-        ("models", EMBEDDED), ("concepts", concepts()), ("dictionaries", shipped()), ("scores", Score.members),
-        ("weight scores", WeightScore.members), ("edits", Edit.members), ("gates", Gate.members),
-        ("methods", Method.members), ("objectives", Objective.members), ("presets", PRESETS),
-        ("benchmarks", Benchmark.members), ("metrics", Metric.members), ("attacks", Attack.members),
-        ("architectures to train", Architecture.members),
-    ):  # fmt: skip
-        table.add_row(f"[bold]{what}[/bold]", ", ".join(names))
-    console.print(table)
+
+def _catalogue() -> dict[str, dict[str, str]]:
+    from ..catalogue import catalogue
+
+    return catalogue()
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="A preset, see the list verb.")]) -> None:
+def show(
+    name: Annotated[
+        str, typer.Argument(help="A preset, see the list verb.", autocompletion=lambda: list(_catalogue()["presets"]))
+    ],
+) -> None:
     """A published recipe as YAML, with every setting: the start of a config of your own."""
-    from ..errors import UnknownName
     from ..methods import PRESETS, Method
 
     if name not in PRESETS:

@@ -25,11 +25,10 @@ from ..errors import ConceptUnlearnError, InvalidConfig
 app = typer.Typer(
     help="Make a language model forget a concept, and prove it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first does the talking
+console = Console()
 
 Model = Annotated[str, typer.Option(help="smollm2, a Hub id, a folder or a .gguf file.")]
 ScopeName = Annotated[str, typer.Option("--scope", help="A built-in concept, a folder, a .jsonl file or a dataset id.")]
@@ -48,7 +47,11 @@ def begin(
         list[str] | None,
         typer.Option(help="A module or .py file of yours, whose components are then known by name. Repeatable."),
     ] = None,
+    silent: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Say nothing but errors and data: no bars, no tables.")
+    ] = False,
 ) -> None:
+    console.quiet = silent or os.environ.get("RANK", "0") != "0"  # of several processes the first does the talking
     for name in load or ():
         load_module(name)
 

@@ -53,6 +53,9 @@ def unlearn(
     model: Model = "smollm2",
     score: Spec = "selectivity",
     n: Annotated[int, typer.Option(help="Features of each dictionary.")] = 10,
+    choice: Annotated[
+        list[Path] | None, typer.Option(help="A choice.yaml that the inspect verb's page saved; one a dictionary.")
+    ] = None,
     edit: Spec = "{kind: clamp, to: {of_norm: -1.0}}",
     gate: Spec = "always",
     keep: Annotated[float, typer.Option(help="Share of neighbouring accuracy that must stay.")] = 0.98,
@@ -66,6 +69,7 @@ def unlearn(
     """
     from ..calibrate import calibrate
     from ..data.scope import Scope
+    from ..features import Choice
     from ..lm import LM
     from ..methods import Suppress
 
@@ -74,7 +78,7 @@ def unlearn(
         method = Suppress.parse(
             {
                 "kind": "suppress", "dictionaries": tuple(dictionary), "n": n, "score": parsed(score),
-                "edit": parsed(edit), "gate": parsed(gate),
+                "edit": parsed(edit), "gate": parsed(gate), "choices": [Choice.load(path) for path in choice or ()],
             }
         )  # fmt: skip
         with track("measure and select features", None) as progress:

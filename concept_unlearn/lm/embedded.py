@@ -27,6 +27,11 @@ class Wheel:
     sha256: str
     """Of the wheel."""
 
+    @property
+    def folder(self) -> Path:
+        """Where the converted model is kept, once it was fetched."""
+        return cache_dir() / f"{self.package}-{self.version}"
+
 
 EMBEDDED = {
     "smollm2": Wheel(
@@ -49,7 +54,7 @@ def cache_dir() -> Path:
 def find_embedded(name: str) -> Path | str:
     """The converted model's folder; converts an installed wheel; else the original, if the Hub's cache has it."""
     wheel = EMBEDDED[name]
-    folder = _folder(wheel)
+    folder = wheel.folder
     if (folder / "config.json").is_file():
         return folder
     spec = importlib.util.find_spec(wheel.module)
@@ -67,7 +72,7 @@ def fetch(name: str) -> Path:
     if name not in EMBEDDED:
         raise UnknownName("embedded model", name, EMBEDDED)
     wheel = EMBEDDED[name]
-    folder = _folder(wheel)
+    folder = wheel.folder
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -84,10 +89,6 @@ def fetch(name: str) -> Path:
         with zipfile.ZipFile(archive) as contents:
             gguf = Path(contents.extract(f"{wheel.module}/{wheel.file}", scratch))
         return _convert(gguf, folder)
-
-
-def _folder(wheel: Wheel) -> Path:
-    return cache_dir() / f"{wheel.package}-{wheel.version}"
 
 
 def _convert(gguf: Path, folder: Path) -> Path:

@@ -5,6 +5,8 @@ from .base import Patch as Patch
 from .base import Stack as Stack
 from .codebook import CodebookPatch as CodebookPatch
 from .expert import ExpertPatch as ExpertPatch
+from .explain import Explanation as Explanation
+from .explain import explain as explain
 from .feature import FeaturePatch as FeaturePatch
 from .fusion import fuse as fuse
 from .io import load_patch as load_patch

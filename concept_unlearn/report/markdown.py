@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from .costs import costs
 from .grid import Cell, Row, columns, grid
 from .reading import line_of
 from .report import Report
@@ -14,15 +16,23 @@ def render(report: Report) -> str:
     is_attacked = any(row.worst.beside for row in rows)
     heads = ["method", *(line.column or line.label for line in columns(report)), "strength"]
     heads += [*(["worst case"] if is_attacked else []), *(["gap to retrained"] if report.retrained else [])]
-    lines = [heads, ["---", *("---:" for _ in heads[1:])]]
+    lines = []
     for row in rows:
         cells = [escaped(row.name), *map(_cell, row.cells), row.strength.text]
         cells += [_worst(row)] if is_attacked else []
         cells += [row.gap.value] if report.retrained else []
         lines.append(cells)
-    lines[0] = [escaped(head) for head in heads]
-    table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    return f"{table}\n{_note(report, is_attacked)}\n"
+    text = f"{table([escaped(head) for head in heads], lines)}\n{_note(report, is_attacked)}\n"
+    if found := costs(report):
+        rows_of_cost = [[escaped(name), *map(escaped, cells)] for name, cells in found.rows.items()]
+        text += f"\n{table(['cost', *found.heads], rows_of_cost)}"
+    return text
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells that are escaped, the first of each row to the left."""
+    lines = [heads, ["---", *("---:" for _ in heads[1:])], *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def _note(report: Report, is_attacked: bool) -> str:

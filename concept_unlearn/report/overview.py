@@ -14,7 +14,7 @@ from ..errors import InvalidConfig
 from ..files import write_atomically
 from . import words
 from .grid import grid
-from .markdown import escaped
+from .markdown import escaped, table
 from .reading import line_of
 from .report import Report
 
@@ -61,12 +61,9 @@ class Overview:
 
     def markdown(self) -> str:
         heads = ["method", *(f"{name}: {head}" for name in self.reports for head in _HEADS)]
-        lines = [heads, ["---", *("---:" for _ in heads[1:])]]
-        lines += [[method, *cells] for method, cells in self.rows.items()]
-        table = "".join(
-            f"| {' | '.join(c if c.startswith('---') else escaped(c) for c in cells)} |\n" for cells in lines
-        )
-        return table + "\n" + "".join(f"{escaped(note)}.  \n" for note in self.notes)
+        rows = [[escaped(cell) for cell in (method, *cells)] for method, cells in self.rows.items()]
+        notes = "".join(f"{escaped(note)}.  \n" for note in self.notes)
+        return f"{table([escaped(head) for head in heads], rows)}\n{notes}"
 
     def save(self, folder: str | Path) -> Path:
         """``overview.md`` in the folder, whose path is returned."""

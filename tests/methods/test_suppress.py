@@ -9,7 +9,7 @@ from conftest import D_MODEL, PLANTED
 from concept_unlearn.dictionaries import load_dictionary
 from concept_unlearn.edits import Clamp, Mean, Refuse, Zero
 from concept_unlearn.errors import InvalidConfig
-from concept_unlearn.features import Score, measure
+from concept_unlearn.features import Choice, Score, measure
 from concept_unlearn.lm import Site
 from concept_unlearn.methods import Method, Steer, Study, Suppress
 
@@ -32,6 +32,27 @@ def test_every_score_picks_the_planted_features(planted, score):
     (chosen,) = patch.slices
     assert len(chosen.features) == n
     assert set(chosen.features) <= set(PLANTED)
+
+
+def test_what_was_chosen_by_hand_comes_before_the_score_and_what_was_dropped_never(planted):
+    name = load_dictionary(planted.first).name
+    by_hand = Choice(pinned=(7,), drop=PLANTED[:1], dictionary=name)
+    settings = {"dictionaries": (planted.first,), "score": "mean_difference", "choices": (by_hand,)}
+    (chosen,) = Suppress(n=2, **settings)(planted.lm, planted.scope).slices
+    assert chosen.features == (7, PLANTED[1])
+    (alone,) = Suppress(n=1, **settings)(planted.lm, planted.scope).slices
+    assert alone.features == (7,)
+    assert Method.parse(Suppress(n=2, **settings).spec()).choices == (by_hand,)
+
+
+@pytest.mark.parametrize(
+    ("choice", "says"),
+    [({"dictionary": "other"}, "a choice is of other"), ({}, "names its dictionary where there are")],
+)
+def test_a_choice_of_nothing_that_is_edited_is_refused(planted, choice, says):
+    method = Suppress(dictionaries=(planted.first, planted.second), choices=(Choice(keep=(1,), **choice),))
+    with pytest.raises(InvalidConfig, match=says):
+        method(planted.lm, planted.scope)
 
 
 def test_the_matched_control_picks_others_that_fire_as_often(planted):

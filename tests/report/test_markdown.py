@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 
 
-def table(report):
-    """Cells of every row, split where Markdown splits them."""
-    lines = [line for line in report.markdown().splitlines() if line.startswith("|")]
+def table(report, number=0):
+    """Cells of every row of a table, split where Markdown splits them."""
+    tables = [part.splitlines() for part in report.markdown().split("\n\n") if part.startswith("|")]
+    lines = tables[number]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
@@ -38,6 +39,12 @@ def test_golden_cells(rich_report):
     ]
     assert rows[3][1] == "0% [0–0%]"
     assert rows[4][1] == "38% ± 18%"
+
+
+def test_what_was_measured_of_costs_is_a_table_of_its_own(rich_report):
+    head, _, *rows = table(rich_report, 1)
+    assert head == ["cost", "size", "numbers", "forward pass", "made in", "needs"]
+    assert rows == [["sae", "2 KB", "512", "×1.500", "90 s", "activations"]]
 
 
 def test_pipes_tags_and_emphasis_are_escaped(rich_report):
