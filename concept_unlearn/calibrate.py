@@ -24,9 +24,6 @@ from .lm import LM
 from .patches import Patch
 from .tracking import Progress
 
-_CANARIES = 6
-"""Forget passages among which the patch's canary is looked for."""
-
 
 class Calibration(NamedTuple):
     """The largest strength that keeps enough, and how it was found."""
@@ -187,10 +184,10 @@ def calibrate(
             lm, scope, keep=0.98 if keep is None else keep, max_perplexity=max_perplexity,
             max_gibberish=max_gibberish, progress=progress,
         )  # fmt: skip
-        texts = [p.text for p in scope.forget[:_CANARIES]]
+        texts = [p.text for p in scope.forget]
     else:
         utility = RetainedMetric(lm, scope, metric=metric, keep=0.95 if keep is None else keep, progress=progress)
-        texts = [p.text for p in scope.request.forget[:_CANARIES]] if scope.request else []
+        texts = [p.text for p in scope.request.forget] if scope.request else []
     found = strongest(utility, patch, grid=grid, tolerance=tolerance)
     return patch.at(found.strength).met(lm, texts)
 

@@ -16,6 +16,8 @@ from ..lm import LM
 if TYPE_CHECKING:
     from .base import Patch
 
+_CANDIDATES = 6
+"""Texts that are tried, however many are given."""
 _N_LOGITS = 64
 _TOLERANCE = 0.5
 """Share of the effect that may be missing: bfloat16 loses some of a small one, a lost hook loses all."""
@@ -36,8 +38,8 @@ class Origin(Frozen):
 
     @classmethod
     def of(cls, patch: Patch, lm: LM, texts: Sequence[str] = ()) -> Origin:
-        """The canary is the text that the patch changes most; with no text given, an ordinary sentence."""
-        candidates = [lm.encode(text, chat=False)[:48] for text in (texts or [_DEFAULT_TEXT])]
+        """The canary is that of the first few texts that the patch changes most; with none, an ordinary sentence."""
+        candidates = [lm.encode(text, chat=False)[:48] for text in (texts or [_DEFAULT_TEXT])[:_CANDIDATES]]
         effects = [_effect(patch, lm, ids) for ids in candidates]
         best = max(range(len(effects)), key=lambda i: float(effects[i].norm()))
         canary = Canary(ids=tuple(candidates[best]), effect=tuple(effects[best].tolist()))

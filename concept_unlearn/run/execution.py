@@ -43,7 +43,6 @@ from .config import BenchmarkSpec, Run
 
 T = TypeVar("T", bound=Frozen)
 
-_CANARIES = 6
 _KEY = 12
 """Digits of a stage's key."""
 
@@ -182,7 +181,7 @@ class _Execution:
         return Fitted(fit=asdict(meter.after(self.shared) if any(method.reads) else meter))
 
     def _save(self, patch: Patch, folder: Path, method: Method) -> Patch:
-        met = patch.met(self.lm, [p.text for p in self.learned.forget[:_CANARIES]])
+        met = patch.met(self.lm, [p.text for p in self.learned.forget])
         if self.here.rank == 0:
             met.save(folder, made=method.record(met))
         self.here.wait()

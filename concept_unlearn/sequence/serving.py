@@ -29,7 +29,6 @@ from .request import Asked, Request, named
 from .stages import Stages, digest
 
 Join = Callable[[tuple[Patch, ...]], Patch]
-_CANARIES = 6
 
 
 def stack(patches: tuple[Patch, ...]) -> Patch:
@@ -157,7 +156,7 @@ class Sequential:
                 patch = self.method.fit(Study(self.lm, learned, folder=work, progress=progress, original=original))
                 made.append(patch)
                 if folder:
-                    self._save(patch, folder / "patch", [p.text for p in learned.forget[:_CANARIES]])
+                    self._save(patch, folder / "patch", [p.text for p in learned.forget])
             self.stages.clear(f"{place}/work-*")
             return Fitted(patch=patch.digest)
 
