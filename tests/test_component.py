@@ -19,6 +19,11 @@ REQUIRED = {
     "steer": {"sites": ("resid_post.1",)},
     "ban": {"codebook": "a"},
     "finetune": {"objectives": ("ga",)},
+    "crisp": {"dictionaries": ("a",)},
+    "distil": {"teacher": {"kind": "ban", "codebook": "a"}},
+    "offset": {"small": "a"},
+    "split_merge": {"method": {"kind": "negate"}},
+    "lower_features": {"dictionary": "a", "features": (1, 2)},
 }
 MEMBERS = [(family, member) for family in FAMILIES for member in family.members.values()]
 
