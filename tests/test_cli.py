@@ -29,7 +29,7 @@ def shell(*arguments, code=0):
 def test_run_prints_what_a_newcomer_understands(workplace, tmp_path):
     out = shell("run", config(workplace, tmp_path / "out"), "--set", "compare={}", "--set", "calibration.grid=2")
     for expected in ("Forgotten", "Kept", "Side effects", "95 % interval", "Before and after", "report.html"):
-        assert expected in out.replace("\n", "")  # a long path is broken off at the margin
+        assert expected in out
 
 
 def test_unlearn_then_evaluate(workplace, tmp_path):
@@ -48,7 +48,7 @@ def test_unlearn_then_evaluate(workplace, tmp_path):
 def test_fit_then_evaluate_then_bake(workplace, tmp_path):
     common = ("--model", workplace / "model", "--scope", workplace / "scope")
     out = shell("fit", "npo", *common, "--output", tmp_path / "npo", "--set", "lr=1e-2", "--set", "epochs=2")
-    assert "npo: a weight patch of" in out.replace("\n", "")
+    assert f"{tmp_path / 'npo'}: a weight patch of" in out
     assert json.loads((tmp_path / "npo" / "config.json").read_text())["made"]["method"]["lr"] == 1e-2
     assert {p.name.split("-")[0] for p in (tmp_path / "npo").iterdir()} == {"config.json", "patch"}
     out = shell("evaluate", *common, "--patch", tmp_path / "npo", "--max-probes", 4)
@@ -69,7 +69,7 @@ def test_a_sequence_of_requests_goes_on_and_leaves_a_table_and_a_patch(workplace
     (tmp_path / "sequence.yaml").write_text(yaml.safe_dump(settings))
     out = shell("sequence", tmp_path / "sequence.yaml", "--set", "fixed_reference=true")
     for expected in ("scope left", "scope 2 left", "kept", "gibberish", "the untouched model", "sequence.md"):
-        assert expected in out.replace("\n", "")
+        assert expected in out
     assert shell("sequence", tmp_path / "out" / "config.yaml") == out
     patch = load_patch(tmp_path / "out" / "patch", LM.load(str(workplace / "model"), device="cpu"))
     assert patch.kind == "stack"

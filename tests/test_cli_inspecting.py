@@ -25,7 +25,7 @@ def common(workplace):
 
 def test_inspect_shows_features_by_number_and_writes_the_page(common, tmp_path):
     out = shell("inspect", *common, "--features", "3, 17", "--output", tmp_path / "seen", "--contexts", 2)
-    assert "inspection.html" in out.replace("\n", "")
+    assert "inspection.html" in out
     assert [s.feature for s in Inspection.load(tmp_path / "seen").features] == [3, 17]
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from rich.text import Text
 
 from ..errors import UnknownName
-from .app import app, bars, console, quiet
+from .app import app, bars, console, quiet, say
 
 Config = Literal["run", "recipe", "sequence"]
 
@@ -24,7 +24,7 @@ def fetch(name: Annotated[str, typer.Argument(help="An embedded model.")] = "smo
 
     with quiet(), bars() as track, track(f"fetch {name}", None):
         folder = fetch_model(name)
-    console.print(f"{name}: {folder}")
+    say(f"{name}: {folder}")
 
 
 @app.command(name="list")

@@ -93,6 +93,11 @@ def main() -> None:
         sys.exit(2)
 
 
+def say(line: str) -> None:
+    """A line as it is: what it names, such as a path, stays whole in a narrow terminal."""
+    console.print(line, soft_wrap=True, markup=False)
+
+
 @contextmanager
 def bars() -> Iterator[Callable[[str, int | None], Any]]:
     """One bar a stage; they go when all is done, so that the table stands alone."""

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from ..errors import InvalidConfig
-from .app import Model, Overrides, app, bars, console, quiet
+from .app import Model, Overrides, app, bars, console, quiet, say
 
 if TYPE_CHECKING:
     from ..dictionaries import Quality
@@ -43,7 +43,7 @@ def write(
                 lm, asked, output, per_topic=per_topic, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed,
                 progress=progress,
             )  # fmt: skip
-    console.print(f"{output}: {per_topic * len(asked)} texts")
+    say(f"{output}: {per_topic * len(asked)} texts")
 
 
 @app.command()
@@ -66,7 +66,7 @@ def harvest(
         raise InvalidConfig("the recipe has no store: give one with --store FOLDER or --set store=FOLDER")
     with quiet(), bars() as track:
         filled = fill(wanted, folder, tracker=track)
-    console.print(f"{folder}: {filled.n_rows:,} rows of {', '.join(map(str, filled.sites))}")
+    say(f"{folder}: {filled.n_rows:,} rows of {', '.join(map(str, filled.sites))}")
 
 
 @app.command()

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InvalidConfig
-from .app import Dictionary, Model, ScopeName, Spec, app, bars, console, parsed, quiet
+from .app import Dictionary, Model, ScopeName, Spec, app, bars, console, parsed, quiet, say
 
 if TYPE_CHECKING:
     from ..features import Inspection
@@ -56,7 +56,7 @@ def inspect(
             seen = inspect_features(lm, found, loaded, wanted, contexts=contexts, progress=progress)
     seen.save(output, made)
     console.print(_table(seen))
-    console.print(f"\npage: {output / 'inspection.html'}")
+    say(f"\npage: {output / 'inspection.html'}")
 
 
 @app.command()
@@ -83,7 +83,7 @@ def explain(
     console.print(found.table())
     if output:
         write_atomically(output, found.model_dump_json(indent=1).encode())
-        console.print(f"\n{output}")
+        say(f"\n{output}")
 
 
 def _numbers(text: str) -> Sequence[int]:

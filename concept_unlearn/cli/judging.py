@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InvalidConfig
-from .app import Model, Overrides, app, bars, console, parsed, quiet
+from .app import Model, Overrides, app, bars, console, parsed, quiet, say
 
 if TYPE_CHECKING:
     from ..compare import Unlearned
@@ -174,7 +174,7 @@ def teach(
         if Processes.here().rank == 0:
             patch.bake(lm, output)
             shutil.rmtree(work)
-    console.print(f"{output}: {lm.name}, taught {len(passages)} passages")
+    say(f"{output}: {lm.name}, taught {len(passages)} passages")
 
 
 def _benchmark(scope: str | None, benchmark: str | None, max_probes: int | None) -> Benchmark:
@@ -225,7 +225,7 @@ def _show(report: Report, output: Path | None) -> None:
     console.print(report.table())
     if output and Processes.here().rank == 0:
         report.save(output)
-        console.print(f"\nreport: {output / 'report.html'}")
+        say(f"\nreport: {output / 'report.html'}")
 
 
 def _told(outcome: Outcome, leak: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .app import Model, app, console, quiet
+from .app import Model, app, console, quiet, say
 
 if TYPE_CHECKING:
     from ..evaluation.harness import Change
@@ -68,7 +68,7 @@ def lm_eval(
     alone = changes(before, before)
     console.print(_table(alone, {name: changes(before, results) for name, results in after.items() if results}))
     if output:
-        console.print(f"\nresults: {output}")
+        say(f"\nresults: {output}")
 
 
 def _names(paths: list[Path]) -> list[str]:

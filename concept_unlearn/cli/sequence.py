@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Overrides, app, bars, console, quiet
+from .app import Overrides, app, bars, console, quiet, say
 
 
 @app.command()
@@ -25,4 +25,4 @@ def sequence(
     with quiet(), bars() as track:
         report = Sequential.of(wanted, tracker=track).report()
     console.print(report.table())
-    console.print(f"\nreport: {wanted.output / 'sequence.md'}   patch: {wanted.output / 'patch'}")
+    say(f"\nreport: {wanted.output / 'sequence.md'}   patch: {wanted.output / 'patch'}")

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InvalidConfig
-from .app import Dictionary, Model, Overrides, ScopeName, Spec, app, bars, console, parsed, quiet
+from .app import Dictionary, Model, Overrides, ScopeName, Spec, app, bars, console, parsed, quiet, say
 
 _BEGUN = "begun"
 """A file in a folder of work, by which it is known to be ours."""
@@ -37,12 +37,12 @@ def run(
             console.rule(name)
         console.print(report.table())
         patch = run.output / ("patch" if (run.output / "patch").is_dir() else "patches")  # of seeds there are several
-        console.print(f"\nreport: {run.output / 'report.html'}   patch: {patch}")
+        say(f"\nreport: {run.output / 'report.html'}   patch: {patch}")
     if len(reports) > 1:
         overview = Overview(reports)
         console.rule("all settings")
         console.print(overview.table())
-        console.print(f"\noverview: {overview.save(wanted.output)}")
+        say(f"\noverview: {overview.save(wanted.output)}")
 
 
 @app.command()
@@ -89,7 +89,7 @@ def unlearn(
                 progress=progress,
             )  # fmt: skip
         patch.save(output, made=method.record(patch))
-    console.print(f"{output}: strength {patch.strength:.3g}, {patch.n_bytes / 1024:.0f} KB")
+    say(f"{output}: strength {patch.strength:.3g}, {patch.n_bytes / 1024:.0f} KB")
 
 
 @app.command()
@@ -133,7 +133,7 @@ def fit(
         if Processes.here().rank == 0:
             patch.save(output, lm, made=made.record(patch))
             shutil.rmtree(output / "work", ignore_errors=True)
-    console.print(f"{output}: a {patch.kind} patch of {patch.n_bytes / 2**20:.2g} MB")
+    say(f"{output}: a {patch.kind} patch of {patch.n_bytes / 2**20:.2g} MB")
 
 
 def _check_is_free(output: Path) -> None:
@@ -166,7 +166,7 @@ def bake(
         if not isinstance(loaded, WeightPatch):
             raise InvalidConfig(f"{patch} is a {loaded.kind} patch: it acts while the model runs, not in its weights")
         (loaded if strength is None else loaded.at(strength)).bake(lm, output)
-    console.print(f"{output}: {lm.name} with {patch} in its weights")
+    say(f"{output}: {lm.name} with {patch} in its weights")
 
 
 @app.command()

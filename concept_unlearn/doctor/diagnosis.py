@@ -46,6 +46,6 @@ def _guarded(group: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]
     """A room that cannot even be looked at is a finding, and the others are still looked at."""
     try:
         return list(look())
-    except Exception as error:
+    except Exception as error:  # whatever is broken is what we are here to tell
         said = (str(error).splitlines() or [""])[0]
         return [Finding(group=group, name=group, state="broken", found=f"{type(error).__name__}: {said}")]

@@ -94,15 +94,16 @@ def test_only_prompts_of_the_concept_are_touched(planted, scope, how, tokens):
     assert all(p.grad is None for p in planted.lm.model.parameters())
 
 
-@pytest.mark.parametrize("alpha", [0.01, 0.05, 0.2])
-def test_no_more_of_what_is_kept_is_flagged_than_was_asked(planted, scope, alpha):
+@pytest.mark.parametrize(("alpha", "caught"), [(0.01, 0.75), (0.2, 0.95)])
+def test_no_more_of_what_is_kept_is_flagged_than_was_asked(planted, scope, alpha, caught):
+    """The stricter threshold is the greatest score of the few retained prompts: it costs a fifth of the concept's."""
     gate, sensor = fitted_gate(Study(planted.lm, scope), ProbeGate(alpha=alpha))
     guard = PromptPatch(edit=Corruption(), gate=gate, sensor=sensor)
     for pool in (NEAR, FAR):
         fresh = [planted.lm.encode(p, chat=False) for p in draw(pool, 300, 7)]
-        assert float(guard.flagged(planted.lm, fresh).float().mean()) <= alpha + 0.01
+        assert float(guard.flagged(planted.lm, fresh).float().mean()) <= alpha
     concept = [planted.lm.encode(p, chat=False) for p in draw(CONCEPT, 300, 8)]
-    assert float(guard.flagged(planted.lm, concept).float().mean()) > 0.7
+    assert float(guard.flagged(planted.lm, concept).float().mean()) > caught
 
 
 def test_a_share_is_the_best_right_answers_part_of_all_that_is_offered():
