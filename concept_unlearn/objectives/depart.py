@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from ..lm import LM
 from ..step import Read, Step
 from .base import Objective
+from .divergence import divergence
 
 
 class Depart(Objective):
@@ -30,7 +30,6 @@ class Depart(Objective):
     def __call__(self, step: Step) -> Float[Tensor, ""]:
         def departure(z: Tensor, z0: Tensor, _: Tensor) -> Tensor:
             kappa = math.log(z.shape[-1]) if self.kappa is None else self.kappa
-            divergence = F.kl_div(z.log_softmax(-1), z0.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-            return divergence.clamp(max=kappa)
+            return divergence(z, z0).clamp(max=kappa)
 
         return -step.token_mean("forget", step.tokens_beside("forget", departure))

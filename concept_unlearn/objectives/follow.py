@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from ..lm import LM
 from ..step import Read, Step
 from .base import Objective
+from .divergence import divergence
 
 
 class Follow(Objective):
@@ -27,7 +27,4 @@ class Follow(Objective):
         return tuple(Read("forget", "logits", self.where, reference) for reference in (False, True))
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
-        def divergence(z: Tensor, z0: Tensor, _: Tensor) -> Tensor:
-            return F.kl_div(z.log_softmax(-1), z0.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-
         return step.token_mean("forget", step.tokens_beside("forget", divergence, self.where), self.where)

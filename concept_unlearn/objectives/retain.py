@@ -13,6 +13,7 @@ from torch import Tensor
 from ..lm import LM
 from ..step import Read, Step, Where
 from .base import Objective, check_pairs
+from .divergence import divergence
 
 
 class _Retention(Objective):
@@ -41,9 +42,6 @@ class RetainKL(_Retention):
         return (Read("retain", "logits", self._where), Read("retain", "logits", self._where, reference=True))
 
     def __call__(self, step: Step) -> Float[Tensor, ""]:
-        def divergence(z: Tensor, z0: Tensor, _: Tensor) -> Tensor:
-            return F.kl_div(z.log_softmax(-1), z0.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-
         return step.token_mean("retain", step.tokens_beside("retain", divergence, self._where), self._where)
 
     @property

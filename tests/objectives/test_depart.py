@@ -6,7 +6,7 @@ import pytest
 import torch
 from objectives.scenes import VOCAB, Scene, fixture_l, gradients
 
-from concept_unlearn.objectives import Depart, RetainKL
+from concept_unlearn.objectives import Depart, Follow, RetainKL
 
 
 @pytest.fixture
@@ -21,6 +21,11 @@ def said(scene, z):
 def test_it_is_minus_the_divergence_from_the_reference(scene):
     torch.testing.assert_close(scene.loss(Depart(kappa=1e9)), -kl(scene))
     assert not torch.isclose(scene.loss(Depart(kappa=1e9)), -scene.loss(RetainKL()))
+
+
+def test_following_is_departing_backwards_and_without_a_bound(scene):
+    torch.testing.assert_close(scene.loss(Follow()), kl(scene))
+    torch.testing.assert_close(scene.loss(Follow()), -scene.loss(Depart(kappa=math.inf)))
 
 
 def kl(scene):
