@@ -113,7 +113,13 @@ class Comparison:
                 changes["as_made"] = self._measured(made)
         return entry.model_copy(update=changes)
 
-    def report(self, entries: Sequence[Entry], provenance: Mapping[str, Any] | None = None) -> Report:
+    def report(
+        self,
+        entries: Sequence[Entry],
+        provenance: Mapping[str, Any] | None = None,
+        missing: Mapping[str, str] | None = None,
+    ) -> Report:
+        """``missing`` are methods that could not be made, with the reason."""
         benchmark = self.benchmark
         questions = {
             name: tuple(
@@ -128,7 +134,7 @@ class Comparison:
             model=self.lm.name, fingerprint=self.lm.fingerprint, benchmark=benchmark.name, spec=benchmark.spec(),
             digest=benchmark.digest, lines=benchmark.lines, leaks=tuple(m.name for m in benchmark.leaks),
             keeps=benchmark.keeps.name, questions=questions, base=self.base, retrained=self.retrained,
-            entries=tuple(entries), provenance=dict(provenance or {}),
+            entries=tuple(entries), missing=dict(missing or {}), provenance=dict(provenance or {}),
         )  # fmt: skip
 
     @cached_property

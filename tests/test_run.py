@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from concept_unlearn.errors import InvalidConfig, SiteNotFound, UnknownName
 from concept_unlearn.lm import LM
 from concept_unlearn.patches import load_patch
 from concept_unlearn.recipe import Recipe
+from concept_unlearn.report import Overview, Report
 from concept_unlearn.run import Run, execute, load_run
 from concept_unlearn.sequence import SequenceRun
 from concept_unlearn.training import Loop
@@ -58,7 +60,7 @@ def contents(folder):
     summary["provenance"]["config"]["output"] = summary["cost"] = None
     rows = (folder / "rows.jsonl").read_text()
     patches = {
-        p.parent.name: json.loads(p.read_text())["tensors"] for p in sorted(folder.glob("patch*/**/config.json"))
+        p.parent.name: json.loads(p.read_text())["tensors"] for p in sorted(folder.glob("patches/*/config.json"))
     }
     return summary, rows, patches
 
@@ -102,7 +104,7 @@ def test_a_recipe_by_its_name_is_a_method_and_goes_on_where_its_training_was(wor
 def test_a_run_leaves_everything_that_was_promised(finished):
     output, report = finished
     names = {p.name for p in output.iterdir()}
-    assert {"config.yaml", "patch", "patches", "report.html", "rows.jsonl", "stages", "summary.json"} <= names
+    assert {"config.yaml", "patches", "report.html", "rows.jsonl", "stages", "summary.json"} <= names
     summary = json.loads((output / "summary.json").read_text())
     easy = summary["metrics"]["in_easy/generated_accuracy"]
     assert {"base", "patched", "low", "high", "n", "relative"} <= set(easy)
@@ -119,7 +121,7 @@ def test_the_resolved_config_reproduces_the_run(finished):
 
 def test_the_saved_patch_is_the_calibrated_one(finished, workplace):
     output, report = finished
-    patch = load_patch(output / "patch", LM.load(str(workplace / "model"), device="cpu"))
+    patch = load_patch(output / "patches" / "sae", LM.load(str(workplace / "model"), device="cpu"))
     assert patch.strength == report.main.strength
     assert patch.gate.above is not None
 
@@ -135,8 +137,6 @@ def test_a_finished_run_is_not_run_again(finished, monkeypatch):
 
 
 def test_a_change_of_what_matters_is_run_again(finished, workplace, tmp_path):
-    import shutil
-
     output = tmp_path / "copy"
     shutil.copytree(finished[0], output)
     stages = set((output / "stages").iterdir())
@@ -152,26 +152,53 @@ def test_the_configs_that_come_with_the_project_are_valid(path):
     assert load_config(kind, path)
 
 
-def test_a_patch_that_was_deleted_is_made_again(finished, tmp_path):
-    import shutil
+def test_a_method_that_cannot_be_made_is_listed_and_the_others_go_on(finished, workplace, tmp_path):
+    output, made = tmp_path / "run", finished[1].provenance["config"]
+    bad = {"kind": "steer", "sites": ["resid_post.9"]}
+    path = config(workplace, output, name="odd", method=bad, compare=made["compare"] | {"sae": made["method"]})
+    done = CliRunner().invoke(app, ["run", str(path)])
+    assert done.exit_code == 1
+    report = Report.load(output)
+    assert {e.name: e.results for e in report.entries} == {e.name: e.results for e in finished[1].entries}
+    assert "has layers 0 to 2" in report.missing["odd"]
+    for shown in (done.output, (output / "table.md").read_text(), report.html(), Overview({"a": report}).markdown()):
+        assert "odd is missing: " in shown
+    assert report.as_json()["missing"] == report.missing
+    assert Report.merged({"run": report}).missing == {"run/odd": report.missing["odd"]}
 
+
+def test_a_run_none_of_whose_methods_can_be_made_says_why(workplace, tmp_path):
+    path = config(workplace, tmp_path / "run", compare={}, method={"kind": "steer", "sites": ["resid_post.9"]})
+    with pytest.raises(SiteNotFound, match="has layers 0 to 2"):
+        execute(load_run(path))
+
+
+def test_another_name_makes_nothing_again(finished, workplace, tmp_path, monkeypatch):
     output = tmp_path / "copy"
     shutil.copytree(finished[0], output)
-    shutil.rmtree(output / "patch")
+    made = finished[1].provenance["config"]
+    compare = {name: m for name, m in made["compare"].items() if name != "leace"} | {"sae": made["method"]}
+    path = config(workplace, output, name="leace", method=made["compare"]["leace"], compare=compare)
+    monkeypatch.setattr("concept_unlearn.methods.base.measure_all", None)
+    assert [e.name for e in execute(load_run(path)).entries] == ["leace", "means", "sae"]
+
+
+def test_a_patch_that_was_deleted_is_made_again(finished, tmp_path):
+    output = tmp_path / "copy"
+    shutil.copytree(finished[0], output)
+    shutil.rmtree(output / "patches" / "sae")
     execute(load_run(output / "config.yaml", [f"output={output}"]))
     assert contents(output) == contents(finished[0])
 
 
 def test_another_config_in_between_leaves_nothing_of_its_own(finished, workplace, tmp_path):
-    import shutil
-
     output = tmp_path / "copy"
     shutil.copytree(finished[0], output)
     path = config(workplace, output)
     other = execute(load_run(path, ["method.n=2", "calibration=null", "compare={}"])).main
-    assert other.strength == load_patch(output / "patch").strength == 1
+    assert other.strength == load_patch(output / "patches" / "sae").strength == 1
     weaker = execute(load_run(path, ["calibration=null"])).main
-    assert weaker.strength == load_patch(output / "patch").strength == 1
+    assert weaker.strength == load_patch(output / "patches" / "sae").strength == 1
     assert weaker.results == (finished[1].main.as_made or finished[1].main.results)
     execute(load_run(path))
     assert contents(output) == contents(finished[0])

@@ -24,7 +24,8 @@ def run(
 ) -> None:
     """Unlearn a concept as a config says, compare, and write a report.
 
-    A run that was stopped goes on where it was when it is started again.
+    A run that was stopped goes on where it was when it is started again. A method that cannot be made is listed, the
+    others go on, and the exit status is 1.
     """
     from ..report import Overview
     from ..run import execute, load_run
@@ -36,13 +37,14 @@ def run(
         if name:
             console.rule(name)
         console.print(report.table())
-        patch = run.output / ("patch" if (run.output / "patch").is_dir() else "patches")  # of seeds there are several
-        say(f"\nreport: {run.output / 'report.html'}   patch: {patch}")
+        say(f"\nreport: {run.output / 'report.html'}   patches: {run.output / 'patches'}")
     if len(reports) > 1:
         overview = Overview(reports)
         console.rule("all settings")
         console.print(overview.table())
         say(f"\noverview: {overview.save(wanted.output)}")
+    if any(report.missing for report in reports.values()):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from .bars import bars
 from .costs import costs
 from .grid import columns, grid
 from .plane import colour
-from .reading import line_of, raw, read, told, worst_case
+from .reading import lacking, line_of, raw, read, told, worst_case
 from .report import Entry, Report
 from .summary import item_values
 from .table import methods_title
@@ -37,6 +37,7 @@ def render(report: Report) -> str:
         drawings=_drawings(report),
         attacked=bars(report),
         costs=costs(report),
+        lacking=lacking(report),
         provenance=to_json(report.provenance, indent=1, inf_nan_mode="strings").decode(),
         data=_embedded(_browser(report)),
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .costs import costs
 from .grid import Cell, Row, columns, grid
-from .reading import line_of
+from .reading import lacking, line_of
 from .report import Report
 
 
@@ -42,7 +42,8 @@ def _note(report: Report, is_attacked: bool) -> str:
         note += " Over seeds: mean ± standard deviation."
     if is_attacked:
         note += f" Worst case: {label}, under the attack that gets most."
-    return note + (f" Gap to retrained: {label}, signed." if report.retrained else "")
+    note += f" Gap to retrained: {label}, signed." if report.retrained else ""
+    return "  \n".join([note, *(f"{escaped(one)}." for one in lacking(report))])
 
 
 def _cell(cell: Cell) -> str:

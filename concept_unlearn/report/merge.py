@@ -29,7 +29,8 @@ def merged(reports: Mapping[str, Report]) -> Report:
     ]
     retrained = next((r.retrained for r in reports.values() if r.retrained is not None), None)
     provenance = {run: report.provenance for run, report in reports.items()}
-    changed = {"entries": tuple(entries), "retrained": retrained, "provenance": provenance}
+    missing = {f"{run}/{name}": why for run, report in reports.items() for name, why in report.missing.items()}
+    changed = {"entries": tuple(entries), "missing": missing, "retrained": retrained, "provenance": provenance}
     return Report(**(dict(lead) | changed))
 
 

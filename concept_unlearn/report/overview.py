@@ -15,7 +15,7 @@ from ..files import write_atomically
 from . import words
 from .grid import grid
 from .markdown import escaped, table
-from .reading import line_of
+from .reading import lacking, line_of
 from .report import Report
 
 _HEADS = ("left", "kept", "worst")
@@ -46,6 +46,7 @@ class Overview:
         for name, report in self.reports.items():
             left, kept = (line_of(report, metric).label for metric in (report.headline, report.keeps))
             found.append(f"{name}: left is {left}, kept is {kept}; worst is what is left under the worst attack")
+            found += [f"{name}: {one}" for one in lacking(report)]
         return tuple(found)
 
     def table(self) -> Table:

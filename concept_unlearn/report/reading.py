@@ -100,6 +100,11 @@ def told(report: Report) -> list[Told]:
     ]
 
 
+def lacking(report: Report) -> list[str]:
+    """A line on each method that is not there."""
+    return [f"{name} is missing: {' '.join(why.split()).rstrip('.')}" for name, why in report.missing.items()]
+
+
 def examples(report: Report, n: int = 3) -> list[tuple[str, int]]:
     """Set and index of a few with replies: what was to be forgotten, and last what was to be kept; messages first."""
     asked = [name for name in report.questions if name in report.base.said and name in report.main.said]

@@ -83,6 +83,8 @@ class Report(Frozen):
     """A model that never saw what was to be forgotten."""
     entries: tuple[Entry, ...] = ()
     """Entries of one name are the same method made with different seeds."""
+    missing: dict[str, str] = Field(default_factory=dict)
+    """Methods that were asked for and could not be made or measured, with the reason."""
     provenance: Plain = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -31,6 +31,7 @@ def summary(report: Report) -> dict[str, Any]:
         "about": {label: e.about for label, e in labelled.items()},
         "attacks": {label: _attacks(report, e) for label, e in labelled.items() if e.attacks},
         "ceiling": _attacks(report, report.base),
+        "missing": report.missing,
         "provenance": report.provenance,
     }
     if report.retrained:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from .costs import costs
 from .grid import Row, columns, grid
-from .reading import examples, line_of, told
+from .reading import examples, lacking, line_of, told
 from .report import Report
 
 
@@ -96,6 +96,7 @@ def _methods(report: Report) -> _Wide:
     label = line_of(report, report.headline).label
     notes = [f"worst case: {label}, after the attack that gets most"] if is_attacked else []
     notes += [f"gap: {label}, less the retrained model's"] if report.retrained else []
+    notes += lacking(report)
     return _Wide(methods_title(report), heads, found, notes)
 
 

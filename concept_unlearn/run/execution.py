@@ -2,11 +2,13 @@
 
 A run directory holds the resolved config, the patches, ``summary.json``, ``rows.jsonl``, ``report.html`` and
 the finished stages. A run that was stopped goes on with the stages that are missing, and gives what it would
-have given. A stage is known by everything that can change it.
+have given. A stage is known by everything that can change it. A method that cannot be made is listed with the
+reason, and the others go on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import importlib.metadata
@@ -28,7 +30,7 @@ from ..calibrate import RetainedMetric, RetainedUtility, strongest
 from ..compare import Comparison
 from ..component import Frozen, build
 from ..data.scope import Scope
-from ..errors import InvalidConfig
+from ..errors import ConceptUnlearnError, InvalidConfig
 from ..evaluation.benchmark import Benchmark
 from ..evaluation.benchmarks import ConceptBenchmark
 from ..evaluation.meter import Meter, metered
@@ -90,11 +92,23 @@ class _Execution:
         if self.here.rank == 0:
             config = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
             write_atomically(run.output / "config.yaml", config.encode())
-        entries = [self._entry(*job) for job in self._jobs()]
-        report = self.comparison.report(entries, self._provenance(time.perf_counter() - start))
+        entries, missing = self._entries()
+        report = self.comparison.report(entries, self._provenance(time.perf_counter() - start), missing)
         if self.here.rank == 0:
             report.save(run.output)
         return report
+
+    def _entries(self) -> tuple[list[Entry], dict[str, str]]:
+        """What was made, and why the rest was not. Raises the first error where nothing was."""
+        entries, failed = [], {}
+        for name, method, seed in self._jobs():
+            try:
+                entries.append(self._entry(name, method, seed))
+            except ConceptUnlearnError as error:
+                failed[_labelled(name, seed)] = error
+        if failed and not entries:
+            raise next(iter(failed.values()))
+        return entries, {name: str(error) for name, error in failed.items()}
 
     @cached_property
     def _model(self) -> list[str]:
@@ -120,9 +134,13 @@ class _Execution:
         study = Study(self.lm, self.learned)
         with self.track("measure features", n_passages) as progress, metered(self.lm) as self.shared:
             study.progress = progress
-            study.measure(
-                {name for m in methods for name in m.reads[0]}, sorted({site for m in methods for site in m.reads[1]})
-            )
+            dictionaries = {name for m in methods for name in m.reads[0]}
+            for name in dictionaries:
+                study.dictionary(name)
+            with contextlib.suppress(
+                ConceptUnlearnError
+            ):  # each method then measures its own, and one of them says why
+                study.measure(dictionaries, sorted({site for m in methods for site in m.reads[1]}))
         return study
 
     def _jobs(self) -> Iterator[tuple[str, Method, int | None]]:
@@ -134,8 +152,8 @@ class _Execution:
                 yield name, method, None
 
     def _entry(self, name: str, method: Method, seed: int | None) -> Entry:
-        full = name if seed is None else f"{name}-seed{seed}"
-        folder = self.run.output / ("patch" if full == self.run.name else f"patches/{full}")
+        full = _labelled(name, seed)
+        folder = self.run.output / "patches" / full
         spec = self.run.calibration
         what: dict[str, Any] = {"method": method.spec()}
         fitted = self._stage(
@@ -242,6 +260,10 @@ class _Execution:
             "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
             "seconds": round(seconds, 1),
         }
+
+
+def _labelled(name: str, seed: int | None) -> str:
+    return name if seed is None else f"{name}-seed{seed}"
 
 
 def _hash(scope: Scope) -> str:
