@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+JOBS   ?= 2
 
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-fast check docs format clean
+.PHONY: demo picture notebooks test test-fast check docs format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,12 +22,21 @@ demo: $(STAMP)
 	$(BIN)/concept-unlearn fetch smollm2
 	$(BIN)/concept-unlearn run configs/quickstart.yaml
 
+# The README's: what the demo leaves beside its report
+picture: demo
+	cp runs/quickstart/tradeoff.svg docs/pictures/quickstart.svg
+
+notebooks: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,notebooks]'
+	$(BIN)/concept-unlearn fetch smollm2
+	$(BIN)/python scripts/run_notebooks.py
+
 test: $(STAMP)
 	$(BIN)/concept-unlearn fetch smollm2
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -36,6 +46,7 @@ check: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python tests/doc_blocks.py # what is run of these pages by the tests, and what is not
 	$(BIN)/mkdocs build --strict
 
 format: $(STAMP)

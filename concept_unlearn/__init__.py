@@ -41,6 +41,7 @@ from .edits import Scale as Scale
 from .edits import Shift as Shift
 from .edits import Zero as Zero
 from .errors import ConceptUnlearnError as ConceptUnlearnError
+from .evaluation.alone import effect_alone as effect_alone
 from .evaluation.attacks import Attack as Attack
 from .evaluation.attacks import Dilute as Dilute
 from .evaluation.attacks import Extraction as Extraction
@@ -55,6 +56,7 @@ from .evaluation.attacks import Prefill as Prefill
 from .evaluation.attacks import Quantise as Quantise
 from .evaluation.attacks import Relearn as Relearn
 from .evaluation.attacks import RolePlay as RolePlay
+from .evaluation.attacks import SoftPrompt as SoftPrompt
 from .evaluation.attacks import SwitchOff as SwitchOff
 from .evaluation.attacks import Translate as Translate
 from .evaluation.attacks import attack as attack
@@ -117,9 +119,11 @@ from .features import AttributionScore as AttributionScore
 from .features import AUCScore as AUCScore
 from .features import Choice as Choice
 from .features import CountScore as CountScore
+from .features import Effect as Effect
 from .features import EnrichmentScore as EnrichmentScore
 from .features import FisherScore as FisherScore
 from .features import Inspection as Inspection
+from .features import Labeller as Labeller
 from .features import MeanDifferenceScore as MeanDifferenceScore
 from .features import Score as Score
 from .features import SelectivityScore as SelectivityScore
@@ -154,6 +158,7 @@ from .methods import Finetune as Finetune
 from .methods import Method as Method
 from .methods import Negate as Negate
 from .methods import Offset as Offset
+from .methods import Prefix as Prefix
 from .methods import SplitMerge as SplitMerge
 from .methods import Steer as Steer
 from .methods import Study as Study
@@ -193,13 +198,16 @@ from .patches import Explanation as Explanation
 from .patches import FeaturePatch as FeaturePatch
 from .patches import LogitPatch as LogitPatch
 from .patches import Patch as Patch
+from .patches import PrefixPatch as PrefixPatch
 from .patches import PromptPatch as PromptPatch
 from .patches import Stack as Stack
 from .patches import WeightPatch as WeightPatch
 from .patches import explain as explain
 from .patches import fuse as fuse
+from .patches import inputs_of as inputs_of
 from .patches import load_patch as load_patch
 from .patches import merge as merge
+from .patches import union as union
 from .recipe import Recipe as Recipe
 from .report import Entry as Entry
 from .report import Report as Report

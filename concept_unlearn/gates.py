@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor
 
 from .component import Component
@@ -114,7 +115,7 @@ class SequenceGate(_PromptGate):
     """Sequences in which the share of tokens on which a chosen feature fires exceeds ``above``.
 
     Decided on the prompt and held while decoding (Dynamic SAE Guardrails, arXiv 2504.08192). Filler text
-    dilutes the share; ``streaming_gate`` and ``probe_gate`` with ``pool="max"`` do not mind it.
+    dilutes the share; ``streaming_gate`` and ``probe_gate`` with a ``window`` do not mind it.
     """
 
     def __call__(self, signal: Signal, memory: Memory) -> Tensor:
@@ -163,32 +164,53 @@ class ProbeGate(_PromptGate):
 
     Neighbouring concepts fire the same features, so counting hits confuses them; a probe does not. ``soft`` is
     t log mean exp(score / t), t = 8: between the mean, which a long question dilutes, and the maximum, which a
-    single odd token decides.
+    single odd token decides. It too sinks by t log 2 where other text doubles the prompt: ``window`` mends that.
     """
 
     pool: Literal["soft", "mean", "max"] = "soft"
+    window: int | None = Field(None, gt=0)
+    """So many neighbouring tokens are pooled at a time and the highest of these decides, whatever stands around them;
+    none: the whole prompt is pooled at once. The maximum is the same either way."""
 
     def __call__(self, signal: Signal, memory: Memory) -> Tensor:
-        read = signal.tokens & signal.prompt
-        score, threshold = signal.acts[..., 0].double(), self.threshold()
-        if self.pool == "max":
-            peak = torch.where(read, score, -torch.inf).amax(-1)
-            return self._hold(memory.latch("open", peak > threshold), signal)
-        if self.pool == "soft":
-            score, threshold = (score / SOFTNESS).exp(), math.exp(threshold / SOFTNESS)
-        total = memory.add("total", torch.where(read, score, 0.0).sum(-1))
-        seen = memory.add("seen", read.sum(-1).double())
-        return self._hold(memory.latch("open", (seen > 0) & (total > threshold * seen)), signal)
+        level = self._level(signal, signal.tokens & signal.prompt, memory)
+        return self._hold(memory.latch("open", level > self.threshold()), signal)
 
     def statistic(self, signal: Signal) -> Tensor:
-        score = signal.acts[..., 0].double()
+        return self._level(signal, signal.tokens, Memory())
+
+    def _level(self, signal: Signal, read: Bool[Tensor, "batch seq"], memory: Memory) -> Float[Tensor, " batch"]:
+        """Of all that was read so far, or with a window of what ended in this pass; -inf where that is nothing."""
+        score = torch.where(read, signal.acts[..., 0].double(), -torch.inf)
         if self.pool == "max":
-            return torch.where(signal.tokens, score, -torch.inf).amax(-1)
-        seen = signal.tokens.sum(-1).clamp(min=1).double()
+            return score.amax(-1)
+        if self.window is not None:
+            return self._highest(score, self.window, memory)
+        seen = memory.add("seen", read.sum(-1).double())
         if self.pool == "mean":
-            return torch.where(signal.tokens, score, 0.0).sum(-1) / seen
-        powers = torch.where(signal.tokens, score / SOFTNESS, -torch.inf)
-        return SOFTNESS * (powers.logsumexp(-1) - seen.log())
+            total = memory.add("total", torch.where(read, score, 0.0).sum(-1))
+            return torch.where(seen > 0, total / seen, -torch.inf)
+        power = (score / SOFTNESS).logsumexp(-1)  # in logarithms: exp overflows where a score or threshold is large
+        memory.rows["total"] = torch.logaddexp(memory.rows["total"], power) if "total" in memory.rows else power
+        return SOFTNESS * (memory.rows["total"] - seen.clamp(min=1).log())
+
+    def _highest(self, score: Float[Tensor, "batch seq"], width: int, memory: Memory) -> Float[Tensor, " batch"]:
+        """Among stretches of ``width`` tokens, or all there are where they are fewer; what is not read has -inf."""
+        recent = memory.rows.get("recent", score.new_full((len(score), width), -torch.inf))
+        score = torch.cat([recent, score], dim=1)
+        order = (score > -torch.inf).long().argsort(dim=1, stable=True)  # what is read comes last, in its order
+        score = score.gather(1, order)
+        memory.rows["recent"] = score[:, -width:]
+        stretches = score.unfold(1, width, 1)
+        is_read = stretches > -torch.inf
+        n = is_read.sum(-1)
+        if self.pool == "mean":
+            levels = torch.where(is_read, stretches, 0.0).sum(-1) / n
+        else:
+            levels = SOFTNESS * ((stretches / SOFTNESS).logsumexp(-1) - n.clamp(min=1).log())
+        whole = n == width
+        whole[:, -1] = n[:, -1] > 0
+        return torch.where(whole, levels, -torch.inf).amax(-1)
 
 
 def conformal_threshold(retain: Float[Tensor, " n"], alpha: float) -> float:

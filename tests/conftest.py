@@ -42,6 +42,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_SHARED),
     "gemma2": lambda: transformers.Gemma2Config(**_SHARED, num_key_value_heads=1, head_dim=8),
     "qwen2": lambda: transformers.Qwen2Config(**_SHARED, num_key_value_heads=1),
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=VOCAB, hidden_size=D_MODEL, num_hidden_layers=N_LAYERS, num_attention_heads=2, ffn_dim=32,
+        word_embed_proj_dim=D_MODEL, max_position_embeddings=256, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
+    ),
 }  # fmt: skip
 
 
@@ -79,9 +83,9 @@ def make_bridge(folder: Any, seed: int = 0) -> Any:
     )
 
 
-def make_tokenizer() -> Any:
+def make_tokenizer(vocab: int = VOCAB) -> Any:
     """w4 is id 4 and so on; the chat template wraps a message in w4 ... w5 and opens the answer with w6."""
-    words = {"<bos>": BOS, "<eos>": EOS, "<pad>": PAD, "<unk>": 3} | {f"w{i}": i for i in range(4, VOCAB)}
+    words = {"<bos>": BOS, "<eos>": EOS, "<pad>": PAD, "<unk>": 3} | {f"w{i}": i for i in range(4, vocab)}
     inner = Tokenizer(WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(

@@ -22,7 +22,7 @@ SPEC = "{kind: random_direction, sites: [resid_post.1], n: 2}"
 @pytest.fixture
 def file(tmp_path):
     """The method is forgotten again afterwards."""
-    (code,) = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
+    (code,) = re.findall(r"<!-- file: random_direction.py -->\n```python\n(.*?)```", DOC.read_text(), re.DOTALL)
     (tmp_path / "random_direction.py").write_text(code)
     yield tmp_path / "random_direction.py"
     Method.members.pop("random_direction", None)

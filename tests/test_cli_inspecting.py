@@ -41,6 +41,28 @@ def test_inspect_goes_on_from_a_choice(common, tmp_path):
     assert '"choice":{"keep":[3],"drop":[5],"pinned":[]}' in (tmp_path / "inspection.html").read_text()
 
 
+def test_inspect_measures_each_feature_alone_where_it_is_asked_to(common, tmp_path):
+    shell("inspect", *common, "--features", "3", "--output", tmp_path)
+    assert Inspection.load(tmp_path).features[0].effect is None
+    out = shell(
+        "inspect", *common, "--features", "3", "--effects", "--edit", "{kind: clamp, to: -9}", "--output", tmp_path
+    )
+    assert "alone" in out
+    assert Inspection.load(tmp_path).features[0].effect.edit == {"kind": "clamp", "to": -9.0, "above": 0.0}
+
+
+def test_inspect_keeps_what_it_saw_where_labels_fail(common, workplace, tmp_path):
+    settings = {
+        "model": str(workplace / "model"), "scope": str(workplace / "scope"),
+        "dictionary": str(workplace / "dictionary"), "output": tmp_path, "features": "3",
+    }  # fmt: skip
+    with pytest.raises(InvalidConfig, match="both --label-url and --label-model"):
+        inspect(**settings, label_url="http://127.0.0.1:9/v1")
+    with pytest.raises(InvalidConfig, match=r"should be in \$NO_SUCH_KEY"):
+        inspect(**settings, label_url="http://127.0.0.1:9/v1", label_model="tiny", label_key_env="NO_SUCH_KEY")
+    assert Inspection.load(tmp_path).features[0].label is None
+
+
 def test_unlearn_takes_the_choice(common, workplace, tmp_path):
     path = Choice(keep=(3,), dictionary="dictionary").save(tmp_path / "choice.yaml")
     shell("unlearn", *common, "--choice", path, "--n", 1, "--grid", 2, "--keep", 0.5, "--output", tmp_path / "patch")

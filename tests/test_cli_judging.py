@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import typer
 from conftest import words
 from test_cli import shell
 from test_run import config
 
+from concept_unlearn.cli import app
 from concept_unlearn.errors import InvalidConfig, InvalidData
 from concept_unlearn.lm import LM
 from concept_unlearn.report import Report
@@ -101,8 +103,24 @@ def test_runs_are_put_beside_one_another(workplace, tmp_path):
     assert [e.name for e in Report.load(tmp_path / "both").entries] == ["one", "two"]
     shell("compare", tmp_path / "one", tmp_path / "two", tmp_path / "both", "--output", tmp_path / "both")
     assert [e.name for e in Report.load(tmp_path / "both").entries] == ["one", "two"]
+    data, saved = json.loads(shell("compare", tmp_path / "both", "--json")), tmp_path / "both" / "summary.json"
+    assert data | {"provenance": None} == json.loads(saved.read_text()) | {"provenance": None}
     with pytest.raises(InvalidConfig, match=r"holds a report.json"):
         shell_raises("compare", tmp_path)
+
+
+def test_every_verb_that_ends_in_a_table_offers_it_as_json(common, patch, tmp_path):
+    tables = {"attack", "compare", "doctor", "evaluate", "explain", "inspect", "list", "rank", "run", "sequence"}
+    verbs = typer.main.get_command(app).commands
+    assert {name for name, verb in verbs.items() if any("--json" in p.opts for p in verb.params)} >= tables
+    found = json.loads(shell("attack", "prefill", *common, "--patch", patch, "--max-probes", 2, "--json"))
+    assert set(found) == {"untouched", patch.name}
+    assert set(found["untouched"]) == {"none", "prefill"}
+    dictionary = ("--dictionary", common[1].parent / "dictionary", "--score", "mean_difference")
+    ranked = json.loads(shell("rank", *common, *dictionary, "--n", 3, "--json"))
+    assert [set(row) for row in ranked] == [
+        {"feature", "score", "forget_rate", "retain_rate", "forget_mean", "largest"}
+    ] * 3
 
 
 def test_seeds_of_a_method_stand_together(workplace, tmp_path):

@@ -120,7 +120,7 @@ def test_the_tree_in_the_docstring_names_every_error_once():
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_a_place_says_what_it_means_shows_one_and_how_to_mend_it(name):
-    meaning, shown, mending = SECTIONS[name].split("```")
+    meaning, shown, mending = re.split("```(?:text)?", SECTIONS[name])
     assert len(meaning.split()) > 8
     assert shown.strip().startswith(f"{name}: ")
     assert len(mending.split()) > 8
@@ -137,7 +137,7 @@ def test_the_message_shown_is_what_the_code_says(name, planted, tmp_path, monkey
     with pytest.raises(CLASSES[name]) as caught:
         PROVOKED[name](planted)
     assert type(caught.value) is CLASSES[name]
-    assert plain(SECTIONS[name].split("```")[1]) == plain(f"{name}: {caught.value}")
+    assert plain(re.split("```(?:text)?", SECTIONS[name])[1]) == plain(f"{name}: {caught.value}")
 
 
 def test_every_error_is_provoked():

@@ -219,3 +219,73 @@ def test_fitting_sets_a_threshold_once():
     fitted = SequenceGate(alpha=0.5).fitted(torch.arange(9.0))
     assert fitted.above == 4.0
     assert fitted.fitted(torch.zeros(3)) == fitted
+
+
+WINDOWED = [ProbeGate(above=0.3, pool=pool, window=3) for pool in ("soft", "mean")]
+
+
+def pooled(scores, pool):
+    return float(ProbeGate(pool=pool).statistic(signal(scores)))
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=20), st.integers(1, 8))
+@pytest.mark.parametrize("pool", ["soft", "mean", "max"])
+def test_a_window_takes_the_highest_of_all_stretches(pool, scores, width):
+    stretches = [scores[i : i + width] for i in range(max(len(scores) - width, 0) + 1)]
+    found = float(ProbeGate(pool=pool, window=width).statistic(signal(scores)))
+    assert found == pytest.approx(max(pooled(part, pool) for part in stretches), abs=1e-6)
+
+
+@pytest.mark.parametrize("pool", ["soft", "mean"])
+def test_a_window_reads_past_what_is_no_token(pool):
+    scores, tokens = [9.0, -1.0, 9.0, 4.0, 9.0, 2.0, 3.0, 9.0], [0, 1, 0, 1, 0, 1, 1, 0]
+    gate = ProbeGate(pool=pool, window=2)
+    found = float(gate.statistic(signal(scores, tokens=tokens)))
+    assert found == pytest.approx(max(pooled(part, pool) for part in ([-1.0, 4.0], [4.0, 2.0], [2.0, 3.0])), abs=1e-6)
+    assert float(gate.statistic(signal(scores, tokens=[0] * 8))) == -math.inf
+    assert not any(decide(gate.model_copy(update={"above": -1e9}), scores, tokens=[0] * 8))
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-5, 5, width=32), min_size=6, max_size=24), st.integers(1, 6), st.data())
+@pytest.mark.parametrize("pool", ["soft", "mean", "max"])
+def test_a_window_decides_on_a_prompt_in_pieces_as_on_the_whole(pool, scores, width, data):
+    """Where the first piece fills the window: a shorter one is judged by itself, like any short prompt."""
+    cut = data.draw(st.integers(width, len(scores)))
+    gate, memory = ProbeGate(above=1.0, pool=pool, window=width), Memory()
+    for piece in (scores[:cut], scores[cut:]):
+        found = gate(signal(piece), memory).any() if piece else found
+    assert bool(found) == any(decide(gate, scores))
+
+
+@pytest.mark.parametrize("pool", ["soft", "mean"])
+def test_filler_does_not_dilute_what_a_window_reads(pool):
+    concept, filler = [1] * 12, [0] * 1600
+    for attacked in (concept + filler, filler + concept, filler + concept + filler):
+        assert all(decide(ProbeGate(above=0.5, pool=pool, window=8), attacked))
+        assert not any(decide(ProbeGate(above=0.5, pool=pool), attacked))
+    assert not any(decide(ProbeGate(above=0.5, pool=pool, window=8), [1, 0, 0, 0, 0] * 200))
+
+
+@pytest.mark.parametrize("gate", WINDOWED, ids=repr)
+def test_what_a_window_remembers_follows_the_rows_of_a_batch(gate):
+    memory = Memory()
+    both = Signal(torch.tensor([[[2.0], [2.0]], [[-9.0], [-9.0]]]), *[torch.ones(2, 2, dtype=torch.bool)] * 2)
+    shut = gate.model_copy(update={"above": 100.0})
+    shut(both, memory)
+    memory.apply(lambda rows: rows[torch.tensor([1, 0, 0])])
+    step = Signal(torch.full((3, 1, 1), -3.0), *[torch.ones(3, 1, dtype=torch.bool)] * 2)
+    assert gate.model_copy(update={"above": -1.5})(step, memory)[:, 0].tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("pool", ["soft", "mean", "max"])
+def test_a_threshold_or_score_of_any_size_is_compared(pool, window):
+    """exp(1e6 / 8) is more than a float holds."""
+    gate = ProbeGate(pool=pool, window=window)
+    for above, is_open in ((1e6, False), (-1e6, True), (math.inf, False), (1e300, False)):
+        assert decide(gate.model_copy(update={"above": above}), [3.0, -2.0, 1.0]) == [is_open] * 3
+    huge = gate.model_copy(update={"above": 1e5})
+    assert decide(huge, [1e7] * 3) == [True] * 3
+    assert decide(huge, [-1e7] * 3) == [False] * 3

@@ -42,12 +42,13 @@ EXPORTED = [
     "MembershipClassifier", "ModelUtility", "Perplexity", "PrivLeak", "Probability", "RankedAccuracy", "Repetitive",
     "Rouge", "TokenEntropy", "Touched", "TruthRatio", "closer_look_utility", "normalised_improvement_drop",
     "retrain_gap", "robustness", "tofu_utility", "wagle_efficacy", "wagle_utility", "wmdp_efficacy",
-    "SwitchOff", "Mask", "WeightScore", "GradientWeightScore", "MagnitudeWeightScore", "RandomWeightScore",
+    "SwitchOff", "SoftPrompt", "inputs_of", "union",
+    "Mask", "WeightScore", "GradientWeightScore", "MagnitudeWeightScore", "RandomWeightScore",
     "SnipWeightScore", "WagleWeightScore", "WandaWeightScore", "CRISP", "Distil", "Difference", "difference",
     "Follow", "LowerFeatures", "Negate", "SplitMerge", "Sequential", "SequenceReport", "SequenceRun", "load_sequence",
-    "BlackBox", "Corrupt", "PromptPatch", "Offset", "LogitPatch",
+    "BlackBox", "Corrupt", "Prefix", "PrefixPatch", "PromptPatch", "Offset", "LogitPatch",
     "Expert", "ExpertPatch", "EUL", "Depart", "AdapterPatch", "fuse",
-    "Choice", "Inspection", "inspect_features", "Explanation", "explain",
+    "Choice", "Inspection", "inspect_features", "Effect", "effect_alone", "Labeller", "Explanation", "explain",
 ]  # fmt: skip
 FAMILIES = [Edit, Gate, Score, Method, Architecture, Objective, Attack, Benchmark, Metric, WeightScore]
 MEMBERS = [(family, member) for family in FAMILIES for member in family.members.values()]

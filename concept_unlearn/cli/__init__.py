@@ -10,6 +10,7 @@ from . import unlearning as unlearning
 from . import sequence as sequence
 from . import judging as judging
 from . import inspecting as inspecting
+from . import ui as ui
 from . import lm_eval as lm_eval
 from . import dictionaries as dictionaries
 from . import about as about

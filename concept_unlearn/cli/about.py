@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from rich.text import Text
 
 from ..errors import UnknownName
-from .app import app, bars, console, quiet, say
+from .app import AsJson, app, bars, console, quiet, say, write_json
 
 Config = Literal["run", "recipe", "sequence"]
 
@@ -32,7 +32,7 @@ def list_(
     family: Annotated[
         str | None, typer.Argument(help="Only these, e.g. methods.", autocompletion=lambda: sorted(_catalogue()))
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As plain data.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What is built in: concepts, dictionaries, components, presets, models, each with a line of what it is."""
     known = _catalogue()
@@ -40,7 +40,7 @@ def list_(
         raise UnknownName("family", family, known)
     chosen = known if family is None else {family: known[family]}
     if as_json:
-        sys.stdout.write(json.dumps(chosen, indent=1, ensure_ascii=False) + "\n")
+        write_json(chosen)
         return
     for name, members in chosen.items():
         console.print(Text(name, "bold"))

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
+from pydantic_core import to_json
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
@@ -41,6 +42,16 @@ Overrides = Annotated[
 Spec = Annotated[str, typer.Option(help="A component by name or as YAML, e.g. 'clamp' or '{kind: clamp, to: -50}'.")]
 
 
+def _hush(as_json: bool) -> bool:
+    console.quiet = console.quiet or as_json
+    return as_json
+
+
+AsJson = Annotated[
+    bool, typer.Option("--json", callback=_hush, help="The result as JSON on standard output, and nothing else there.")
+]
+
+
 @app.callback()
 def begin(
     load: Annotated[
@@ -51,7 +62,7 @@ def begin(
         bool, typer.Option("--quiet", "-q", help="Say nothing but errors and data: no bars, no tables.")
     ] = False,
 ) -> None:
-    console.quiet = silent or os.environ.get("RANK", "0") != "0"  # of several processes the first does the talking
+    console.quiet = silent or not _speaks()
     for name in load or ():
         load_module(name)
 
@@ -96,6 +107,24 @@ def main() -> None:
 def say(line: str) -> None:
     """A line as it is: what it names, such as a path, stays whole in a narrow terminal."""
     console.print(line, soft_wrap=True, markup=False)
+
+
+def present(result: Any, table: RenderableType, *, as_json: bool) -> None:
+    """A verb's result: a table for people, or plain data for scripts."""
+    if not as_json:
+        console.print(table)
+    else:
+        write_json(result)
+
+
+def write_json(data: Any) -> None:
+    if _speaks():
+        sys.stdout.write(to_json(data, indent=1, inf_nan_mode="strings").decode() + "\n")
+
+
+def _speaks() -> bool:
+    """Of several processes the first does the talking."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

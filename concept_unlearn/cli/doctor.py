@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from .app import app, console
+from .app import AsJson, app, console, write_json
 
 if TYPE_CHECKING:
     from ..doctor import Diagnosis
@@ -21,7 +19,7 @@ _STYLES = {"ok": "green", "note": "yellow", "broken": "bold red"}
 @app.command()
 def doctor(
     fast: Annotated[bool, typer.Option("--fast", help="Leave out whether every requirement can be imported.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As plain data.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Look at the installation, the device, the embedded model and the caches, and say how to mend what is broken.
 
@@ -31,7 +29,7 @@ def doctor(
 
     found = diagnose(fast=fast)
     if as_json:
-        sys.stdout.write(json.dumps({"sound": found.sound, **found.model_dump(mode="json")}, indent=1) + "\n")
+        write_json({"sound": found.sound, **found.model_dump()})
     else:
         _tell(found)
     if not found.sound:

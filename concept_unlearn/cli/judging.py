@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InvalidConfig
-from .app import Model, Overrides, app, bars, console, parsed, quiet, say
+from .app import AsJson, Model, Overrides, app, bars, parsed, present, quiet, say
 
 if TYPE_CHECKING:
     from ..compare import Unlearned
@@ -60,6 +60,7 @@ def evaluate(
     ] = None,
     max_probes: Annotated[int | None, typer.Option(help="Of each set of a scope; all where not given.")] = None,
     any_base: AnyBase = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure saved patches, checkpoints, or a model alone, on the reporting half of a scope or on any benchmark."""
     from ..compare import Comparison
@@ -73,7 +74,7 @@ def evaluate(
         )  # fmt: skip
         unlearned = _unlearned(lm, patch or (), checkpoint or (), any_base=any_base)
         report = comparison.report([comparison.entry(name, one) for name, one in unlearned.items()])
-    _show(report, output)
+    _show(report, output, as_json=as_json)
 
 
 @app.command()
@@ -89,6 +90,7 @@ def attack(
     output: Annotated[Path | None, typer.Option(help="Folder for finished attacks: started again it goes on.")] = None,
     max_probes: Annotated[int | None, typer.Option(help="Of each set of a scope; all where not given.")] = None,
     any_base: AnyBase = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what attacks get out of a model that was made to forget, beside what they get out of the untouched one."""
     from ..evaluation.attacks import attack as run
@@ -118,7 +120,7 @@ def attack(
     for kind in chosen:
         cells = [outcomes[kind] for outcomes in found.values()]
         table.add_row(Text(kind), *(Text(_told(outcome, leak)) for outcome in cells))
-    console.print(table)
+    present({name: {"none": clean[name], **outcomes} for name, outcomes in found.items()}, table, as_json=as_json)
 
 
 @app.command()
@@ -127,6 +129,7 @@ def compare(
         list[Path], typer.Argument(help="Folders of finished runs on one model and benchmark, e.g. runs/*.")
     ],
     output: Annotated[Path | None, typer.Option(help="Folder for the report of all together.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Put the methods of several runs into one report; equal methods of several seeds become a mean."""
     from ..report import Report
@@ -135,8 +138,7 @@ def compare(
     found = {str(run): Report.load(run) for run in runs if (run / "report.json").is_file() and run.resolve() != own}
     if not found:
         raise InvalidConfig(f"none of {', '.join(map(str, runs))} holds a report.json: give folders of finished runs")
-    report = Report.merged(found)
-    _show(report, output)
+    _show(Report.merged(found), output, as_json=as_json)
 
 
 @app.command()
@@ -219,10 +221,10 @@ def _unlearned(lm: LM, patches: Sequence[Path], checkpoints: Sequence[str], *, a
     return found
 
 
-def _show(report: Report, output: Path | None) -> None:
+def _show(report: Report, output: Path | None, *, as_json: bool) -> None:
     from ..activations.processes import Processes
 
-    console.print(report.table())
+    present(report.as_json(), report.table(), as_json=as_json)
     if output and Processes.here().rank == 0:
         report.save(output)
         say(f"\nreport: {output / 'report.html'}")

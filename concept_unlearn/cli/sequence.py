@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from .app import Overrides, app, bars, console, quiet, say
+from .app import AsJson, Overrides, app, bars, present, quiet, say
 
 
 @app.command()
 def sequence(
     config: Annotated[Path, typer.Argument(help="A YAML file, see configs/sequence.yaml and the schema verb.")],
     set_: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Forget one thing after another, and see after each what is left of all.
 
@@ -24,5 +25,5 @@ def sequence(
     wanted = load_sequence(config, set_ or [])
     with quiet(), bars() as track:
         report = Sequential.of(wanted, tracker=track).report()
-    console.print(report.table())
+    present(report, report.table(), as_json=as_json)
     say(f"\nreport: {wanted.output / 'sequence.md'}   patch: {wanted.output / 'patch'}")

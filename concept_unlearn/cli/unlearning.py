@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from ..errors import InvalidConfig
-from .app import Dictionary, Model, Overrides, ScopeName, Spec, app, bars, console, parsed, quiet, say
+from .app import AsJson, Model, Overrides, ScopeName, Spec, app, bars, console, parsed, quiet, say, write_json
 
 _BEGUN = "begun"
 """A file in a folder of work, by which it is known to be ours."""
@@ -21,6 +19,7 @@ _BEGUN = "begun"
 def run(
     config: Annotated[Path, typer.Argument(help="A YAML file, see configs/ and the schema verb.")],
     set_: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Unlearn a concept as a config says, compare, and write a report.
 
@@ -43,6 +42,9 @@ def run(
         console.rule("all settings")
         console.print(overview.table())
         say(f"\noverview: {overview.save(wanted.output)}")
+    if as_json:
+        numbers = {name: report.as_json() for name, report in reports.items()}
+        write_json(numbers.get("", numbers))
     if any(report.missing for report in reports.values()):
         raise typer.Exit(1)
 
@@ -169,40 +171,3 @@ def bake(
             raise InvalidConfig(f"{patch} is a {loaded.kind} patch: it acts while the model runs, not in its weights")
         (loaded if strength is None else loaded.at(strength)).bake(lm, output)
     say(f"{output}: {lm.name} with {patch} in its weights")
-
-
-@app.command()
-def rank(
-    scope: ScopeName,
-    dictionary: Dictionary,
-    model: Model = "smollm2",
-    score: Spec = "selectivity",
-    n: Annotated[int, typer.Option(help="How many to show.")] = 20,
-) -> None:
-    """Show the features that belong to a concept."""
-    from ..data.scope import Scope
-    from ..dictionaries import load_dictionary
-    from ..features import Score, measure, select
-    from ..lm import LM
-
-    with quiet(), bars() as track:
-        lm, loaded, chosen = LM.load(model), Scope.load(scope), Score.parse(parsed(score))
-        features = load_dictionary(dictionary)
-        n_passages = len(loaded.forget) + len(loaded.near) + len(loaded.retain)
-        with track("measure features", n_passages) as progress:
-            stats = measure(lm, features, loaded, progress=progress)
-    values = chosen(stats)
-    table = Table(title=Text(f"{loaded.name} in {features.name} by {chosen.kind}"), title_justify="left")
-    for column in ("feature", "score", "forget tokens", "retain tokens", "forget mean", "largest"):
-        table.add_column(column, justify="right")
-    for i in select(stats, chosen, min(n, int(values.isfinite().sum()))):
-        f, r = stats.forget, stats.retain
-        table.add_row(
-            str(i),
-            f"{values[i]:.4g}",
-            f"{f.rate[i]:.2%}",
-            f"{r.rate[i]:.3%}",
-            f"{f.mean[i]:.3g}",
-            f"{f.largest[i]:.3g}",
-        )
-    console.print(table)

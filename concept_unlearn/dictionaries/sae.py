@@ -80,6 +80,7 @@ class SAEDictionary:
         self.name = name or f"{metadata.model_name or 'unknown model'}/{self.site}"
         self.model_name: str | None = metadata.model_name
         self.max_norm = float(metadata.max_norm or "inf")
+        self.neuronpedia_id: str | None = metadata.neuronpedia_id
         if metadata.hook_head_index is not None:
             raise NotExact(f"{self.name} reads one attention head, which no site here is")
 
@@ -137,7 +138,7 @@ class SAEDictionary:
         gate_scale = sae.r_mag.detach()[index].double().exp() if gated else None
         W_dec = pick(sae.W_dec)
         if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-            W_dec = W_dec / W_dec.norm(dim=-1, keepdim=True)
+            W_dec = W_dec / W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-12)  # a row of zeros writes nothing
         return ColumnSlice(
             site=self.site,
             site_out=self.site_out,

@@ -25,6 +25,7 @@ _PURPOSE = {
     "demo": "to fetch the embedded model",
     "eval": "for the tasks of lm-eval",
     "quantise": "for the quantise attack",
+    "ui": "for the live page",
     "dev": "to work on the package",
     "docs": "to build its pages",
 }

@@ -23,6 +23,7 @@ ATTACKS: dict[str, dict[str, dict[str, Any]]] = {
         "prefill": {"kind": "prefill"},
         "int8": {"kind": "quantise", "bits": 8},
         "int4": {"kind": "quantise", "bits": 4},
+        "soft_prompt": {"kind": "soft_prompt"},
         "patch_off": {"kind": "switch_off"},
     },
 }

@@ -15,7 +15,9 @@ from .scores import SparsityScore as SparsityScore
 from .scores import matched_frequency as matched_frequency
 from .scores import select as select
 from .show import Choice as Choice
+from .show import Effect as Effect
 from .show import Inspection as Inspection
+from .show import Labeller as Labeller
 from .show import inspect_features as inspect_features
 from .stats import Stats as Stats
 from .stats import measure as measure

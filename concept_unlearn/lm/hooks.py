@@ -44,7 +44,7 @@ def editing(
         for handle in _watch(model, follower):
             stack.callback(handle.remove)
         for site, fn in edits.items():
-            stack.callback(_hook(places[site], _with_context(fn, follower)).remove)
+            stack.enter_context(_hook(places[site], _with_context(fn, follower)))
         yield
 
 
@@ -133,7 +133,7 @@ def reading(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Floa
 
     with ExitStack() as stack:
         for site in sites:
-            stack.callback(_hook(locate(model, site), keep(site)).remove)
+            stack.enter_context(_hook(locate(model, site), keep(site)))
         yield seen
 
 
@@ -144,11 +144,8 @@ def stopping(model: nn.Module, site: Site) -> Iterator[None]:
     def stop(_: Tensor) -> Tensor:
         raise Stopped
 
-    handle = _hook(locate(model, site), stop)
-    try:
+    with _hook(locate(model, site), stop):
         yield
-    finally:
-        handle.remove()
 
 
 def _with_context(fn: EditFn, follower: Follower) -> Callable[[Tensor], Tensor]:
@@ -159,10 +156,22 @@ def _with_context(fn: EditFn, follower: Follower) -> Callable[[Tensor], Tensor]:
     return uncompiled
 
 
-def _hook(place: Place, fn: Callable[[Tensor], Tensor]) -> RemovableHandle:
+@contextmanager
+def _hook(place: Place, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    shape: list[int] = []
+    """[batch, seq] of the pass, where the block has been asked."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def measure(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        shape[:] = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+
     def flat(x: Tensor) -> Tensor:
         if x.ndim == 3:
             return fn(x)
+        if x.ndim == 2:
+            rows = x.unflatten(0, shape)
+            y = fn(rows)
+            return x if y is rows else y.flatten(0, 1)
         y = fn(rearrange(x, "batch seq head d -> batch seq (head d)"))
         return rearrange(y, "batch seq (head d) -> batch seq head d", head=x.shape[2])
 
@@ -178,9 +187,14 @@ def _hook(place: Place, fn: Callable[[Tensor], Tensor]) -> RemovableHandle:
             return (flat(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": flat(kwargs["hidden_states"])}
 
-    if place.side == "in":
-        return place.module.register_forward_pre_hook(before, with_kwargs=True)
-    return place.module.register_forward_hook(after)
+    with ExitStack() as stack:
+        if place.block is not None:
+            stack.callback(place.block.register_forward_pre_hook(measure, with_kwargs=True).remove)
+        if place.side == "in":
+            stack.callback(place.module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        else:
+            stack.callback(place.module.register_forward_hook(after).remove)
+        yield
 
 
 def _watch(model: nn.Module, follower: Follower) -> list[RemovableHandle]:

@@ -21,11 +21,14 @@ _BLOCK_LISTS = ("layers", "h", "blocks", "block", "layer")
 
 @dataclass(frozen=True)
 class Place:
-    """A module, the side of it where the activation passes, and whether the heads come unflattened."""
+    """A module, the side of it where the activation passes, and how the activation comes there."""
 
     module: nn.Module
     side: Side
     by_head: bool = False
+    """As [batch, seq, head, d_head]."""
+    block: nn.Module | None = None
+    """What reads [batch, seq, d] before, where the activation may come as [batch * seq, d] (OPT)."""
 
 
 def is_hooked(model: nn.Module) -> bool:
@@ -124,7 +127,9 @@ def _locate_hook_point(model: nn.Module, site: Site) -> Place:
         point = getattr(point, part, None)
     if not isinstance(point, nn.Module):
         raise SiteNotFound(f"{type(model).__name__} has no {site}")
-    return Place(point, "out", by_head=site.stream == "hook_z")
+    block: Any = model.blocks[site.layer]  # type: ignore[index]
+    flattens = site.stream in ("mlp_in", "mlp_out") and hasattr(getattr(block, "original_component", None), "fc1")
+    return Place(point, "out", by_head=site.stream == "hook_z", block=block if flattens else None)
 
 
 def _locate_module(model: nn.Module, site: Site) -> Place:
@@ -141,9 +146,11 @@ def _locate_module(model: nn.Module, site: Site) -> Place:
             return Place(norm or _branch(block, _ATTENTION, site), "out")
         case "mlp_out":
             norm = getattr(block, "post_feedforward_layernorm", None) if _norms_branches(block) else None
-            return Place(norm or _branch(block, (*_MLP, "fc2"), site), "out")
+            last = norm or _branch(block, (*_MLP, "fc2"), site)
+            return Place(last, "out", block=block if last is getattr(block, "fc2", None) else None)
         case "mlp_in":
-            return Place(_child(block, (*_MLP, "fc1"), site), "in")
+            first = _child(block, (*_MLP, "fc1"), site)
+            return Place(first, "in", block=block if first is getattr(block, "fc1", None) else None)
         case "hook_z":
             return Place(_child(_child(block, _ATTENTION, site), _PROJECTION, site), "in")
     raise AssertionError(site)

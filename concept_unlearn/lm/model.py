@@ -19,6 +19,7 @@ from .fingerprint import fingerprint
 from .forward import forward, run_until_stopped
 from .generate import Written, write
 from .hooks import EditFn, LogitsFn
+from .insert import ChosenFn, inserting
 from .load import load
 from .locate import is_hooked, locate, n_layers, root, text_config
 from .score import Scored, score_answers, score_texts
@@ -125,6 +126,10 @@ class LM:
     def edit_logits(self, fn: LogitsFn) -> AbstractContextManager[None]:
         """Forward passes inside the block say what ``fn(logits, context, kept)`` makes of their logits."""
         return hooks.editing_logits(self.model, fn, self.bos_id, self.chat_head)
+
+    def insert(self, tokens: Sequence[int], chosen: ChosenFn) -> AbstractContextManager[None]:
+        """Prompts inside the block that are chosen are read with these tokens before their text."""
+        return inserting(self.model, tokens, chosen, self.bos_id, self.chat_head)
 
     def read(self, *sites: Site) -> AbstractContextManager[dict[Site, Float[Tensor, "batch seq d"]]]:
         """The block's dict holds the last activation seen at each site."""

@@ -15,9 +15,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +25,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..endpoint import post_json
 from ..errors import EndpointFailed
 
 _TOKEN = "token_id:"
@@ -101,7 +99,7 @@ class RemoteLogits(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             "model": self._name, "prompt": rows, "max_tokens": 1, "echo": not last, "temperature": 0,
             "logprobs": self.config.vocab_size, "return_tokens_as_token_ids": True, "full_logprobs": True,
         }  # fmt: skip
-        answer = self._post(question)
+        answer = post_json(self._url, question, key=self._key, timeout=self._timeout)
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice.get("index", 0))
             found = [self._read(c["logprobs"], 1 if last else len(row)) for c, row in zip(choices, rows, strict=True)]
@@ -130,21 +128,3 @@ class RemoteLogits(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 "(vLLM: --max-logprobs -1)"
             )
         return said[:, :vocabulary]
-
-    def _post(self, question: Mapping[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-        request = urllib.request.Request(self._url, json.dumps(question).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as reply:
-                content = reply.read()
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:200]
-            raise EndpointFailed(f"{self._url} refused ({error.code} {error.reason}): {said}") from error
-        except TimeoutError as error:
-            raise EndpointFailed(f"{self._url} did not answer within {self._timeout:g} s: give timeout=...") from error
-        except OSError as error:
-            raise EndpointFailed(f"{self._url} cannot be reached: {error}") from error
-        try:
-            return json.loads(content)
-        except ValueError as error:
-            raise EndpointFailed(f"{self._url} answered something that is not JSON: {content[:200]!r}") from error

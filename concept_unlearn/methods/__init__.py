@@ -13,6 +13,8 @@ from .expert import Expert as Expert
 from .finetune import Finetune as Finetune
 from .negate import Negate as Negate
 from .offset import Offset as Offset
+from .prefix import PREFIXES as PREFIXES
+from .prefix import Prefix as Prefix
 from .presets import PRESETS as PRESETS
 from .split_merge import SplitMerge as SplitMerge
 from .steer import Steer as Steer

@@ -53,6 +53,12 @@ class Study:
         self._gates: dict[Any, Fitted] = {}
         self._found: dict[Hashable, Any] = {}
 
+    def of(self, scope: Scope, *, folder: Path | None = None) -> Study:
+        """Of another scope: the same model and dictionaries, nothing measured."""
+        found = Study(self.lm, scope, folder=folder, progress=self.progress, original=self.original)
+        found._dictionaries = self._dictionaries
+        return found
+
     def dictionary(self, name: str) -> Dictionary:
         if name not in self._dictionaries:
             self._dictionaries[name] = load_dictionary(name, device=str(self.lm.device))

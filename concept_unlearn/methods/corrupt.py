@@ -28,7 +28,7 @@ class Corrupt(Method):
     that f was taken at, also where the lower one is cut off at 0. zero and flip have no sigma: nothing is learned.
     """
 
-    gate: Gate = ProbeGate(alpha=0.01)
+    gate: Gate = ProbeGate(alpha=0.01, window=8)
     how: Literal["noise", "zero", "flip"] = "noise"
     n: int | None = Field(None, gt=0)
     """The first so many dimensions; none: all of them."""

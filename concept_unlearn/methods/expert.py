@@ -89,7 +89,9 @@ class Expert(_Descent):
         found = {}
         for layer, router in self._routers(study).items():
             seed = self.seed * study.lm.n_layers + layer
-            expert = ForgetExpert(study.lm.d_model, self.width, seed=seed, threshold=router.threshold)
+            expert = ForgetExpert(
+                study.lm.d_model, self.width, seed=seed, threshold=router.threshold, window=router.window
+            )
             expert.requires_grad_(False)
             expert.router.copy_(router.weight)
             expert.bias.fill_(router.bias)

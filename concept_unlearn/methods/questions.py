@@ -21,7 +21,7 @@ from ..journal import Journal
 from ..lm import LM
 from ..lm.fingerprint import checksum, fingerprint
 from ..lm.oracle import EMBEDDING
-from ..patches import PromptPatch
+from ..patches import PrefixPatch, PromptPatch
 from .base import Method, Study
 
 _LONGEST = 256
@@ -106,7 +106,9 @@ def fitted_gate(study: Study, gate: Gate) -> tuple[Gate, Slice | None]:
     return fitted, own or sensor
 
 
-def flagged(guard: PromptPatch, lm: LM, questions: Sequence[Question], *, needed: bool = True) -> list[Question]:
+def flagged(
+    guard: PromptPatch | PrefixPatch, lm: LM, questions: Sequence[Question], *, needed: bool = True
+) -> list[Question]:
     """Those that the guard lets its edit reach. Where they are needed, raises EmptyData for none and warns of few."""
     if not questions:
         return []

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import InvalidConfig, PatchMismatch
-from ..gates import Always
+from ..gates import SOFTNESS, Always
 from ..lm import LM, Context, EditFn, Site
 from .activation import ActivationPatch, part, shared_fields
 from .base import Switch
@@ -24,8 +24,9 @@ from .origin import Origin
 class ExpertPatch(ActivationPatch):
     """y = F(h) + s (E(h) - rho F(h)) at the feed-forwards F of some blocks (after MoExtend, arXiv 2408.03511).
 
-    The router decides from what the feed-forward reads of that token, F may be a mixture of experts itself. Tokens
-    with s = 0 stay bit-identical; padding and BOS are never touched. A ``gate`` narrows it further and reads s.
+    The router decides from what the feed-forward reads of that token, and of a few before it where it has a window; F
+    may be a mixture of experts itself. Tokens with s = 0 stay bit-identical; padding, BOS and what every chat begins
+    with are never touched. A ``gate`` narrows it further and reads s.
     """
 
     experts: Mapping[int, ForgetExpert]
@@ -63,9 +64,12 @@ class ExpertPatch(ActivationPatch):
 
     def spec(self) -> dict[str, Any]:
         experts = [
-            {"layer": layer, "d": expert.d, "width": len(expert.b_in), "threshold": expert.threshold}
+            {
+                "layer": layer, "d": expert.d, "width": len(expert.b_in), "threshold": expert.threshold,
+                "window": expert.window,
+            }
             for layer, expert in self.experts.items()
-        ]
+        ]  # fmt: skip
         return super().spec() | {"rho": self.rho, "sticky": self.sticky, "experts": experts}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -76,7 +80,9 @@ class ExpertPatch(ActivationPatch):
     def restore(cls, spec: dict[str, Any], tensors: dict[str, Tensor], origin: Origin | None) -> ExpertPatch:
         experts = {}
         for entry in spec["experts"]:
-            expert = ForgetExpert(entry["d"], entry["width"], threshold=entry["threshold"])
+            expert = ForgetExpert(
+                entry["d"], entry["width"], threshold=entry["threshold"], window=entry.get("window", 1)
+            )
             expert.load_state_dict(part(tensors, f"{entry['layer']}."), assign=True)
             experts[entry["layer"]] = expert.requires_grad_(False)
         return cls(experts=experts, rho=spec["rho"], sticky=spec["sticky"], **shared_fields(spec, tensors, origin))
@@ -124,7 +130,10 @@ class Experts:
         if h.shape[-1] != expert.d or x.shape[-1] != expert.d:
             raise PatchMismatch(f"an expert of width {expert.d} beside a feed-forward of width {h.shape[-1]}")
         h = h.to(expert.router.dtype)
-        s = torch.where(context.tokens, expert.route(h), 0.0)
+        score = expert.score(h)
+        if expert.window > 1:
+            score = self._lately(layer, score, expert.window, context)
+        s = torch.where(context.text, expert.route(score), 0.0)
         if self._sticky:
             s = self._held(layer, s, context)
         first = layer == min(self._experts)
@@ -136,6 +145,21 @@ class Experts:
         change = expert.calibrated(s[where])[:, None] * (answer - own if self._rho else answer)
         return x.index_put((where,), (own + (change if self._strength == 1 else self._strength * change)).to(x.dtype))
 
+    def _lately(
+        self, layer: int, score: Float[Tensor, "batch seq"], window: int, context: Context
+    ) -> Float[Tensor, "batch seq"]:
+        """The soft maximum over the text of so many tokens up to each, whichever pass they came in."""
+        powers = torch.where(context.text, (score.double() / SOFTNESS).exp(), 0.0)
+        sums = []
+        for name, values in ((f"expert{layer}.power", powers), (f"expert{layer}.seen", context.text.double())):
+            past = context.memory.history(name)
+            context.memory.extend(name, values.detach())
+            before = values.new_zeros(len(values), 0) if past is None else past[:, -(window - 1) :].to(values.device)
+            whole = torch.nn.functional.pad(torch.cat([before, values], 1), (window - 1 - before.shape[1], 0))
+            sums.append(whole.unfold(1, window, 1).sum(-1))
+        mean = torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1), 1.0)
+        return (SOFTNESS * mean.log()).to(score.dtype)
+
     def _held(self, layer: int, s: Float[Tensor, "batch seq"], context: Context) -> Float[Tensor, "batch seq"]:
         """At least what a token of the prompt has had so far."""
         name = f"expert{layer}"
@@ -143,7 +167,7 @@ class Experts:
         if (past := context.memory.rows.get(name)) is not None:
             highest = torch.maximum(highest, past[:, None].to(s.device))
         context.memory.rows[name] = highest[:, -1].detach()
-        return torch.where(context.tokens, torch.maximum(s, highest), 0.0)
+        return torch.where(context.text, torch.maximum(s, highest), 0.0)
 
 
 def _switched(edit: EditFn, switch: Switch) -> EditFn:

@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from ..component import Frozen
-from ..dictionaries import Slice
 from ..errors import InvalidConfig
 from ..features.show.pieces import Pieces
-from ..gates import Always, Gate, Signal
-from ..lm import LM, Context, EditFn, Site
-from ..lm.context import Memory
-from .activation import ActivationPatch
-from .base import Patch, Stack, Switch
-from .codebook import CodebookPatch, CodeSlice
-from .feature import FeaturePatch
+from ..lm import LM
+from .base import Patch
+from .watch import Fired, GateReading, Watch
 
 _SHOWN = 3
 """Features, and next tokens, that the table shows of each token."""
-
-
-class Fired(Frozen):
-    """A feature that the patch edits, on one token, before it was edited there."""
-
-    site: str
-    feature: int
-    act: float
 
 
 class Guess(Frozen):
@@ -60,17 +44,6 @@ class Moment(Frozen):
     before: tuple[Guess, ...]
     """What the model expects next, the likeliest first."""
     after: tuple[Guess, ...]
-
-
-class GateReading(Frozen):
-    """What one gate read in the prompt."""
-
-    kind: str
-    opened: int
-    """Tokens that it let through."""
-    statistic: float | None
-    """What it compares with its threshold; None for a gate that has none."""
-    threshold: float | None
 
 
 class Explanation(Frozen):
@@ -115,32 +88,29 @@ class Explanation(Frozen):
         return "\n".join(lines)
 
 
-@torch.no_grad()
 def explain(patch: Patch, lm: LM, prompt: str, *, chat: bool | None = None, guesses: int = 5) -> Explanation:
     """What ``patch`` does to a prompt, read off two passes over it, one without and one with the patch.
 
     ``chat=None`` asks a model that has a chat template through it. A patch without features, such as one of weights,
     is seen by what the model says alone. The patch's own gates decide; nothing of them is computed anew.
     """
+    ids = lm.encode(prompt, chat=lm.is_chat if chat is None else chat)
+    return explain_ids(patch, lm, ids, prompt=prompt, guesses=guesses)
+
+
+@torch.no_grad()
+def explain_ids(patch: Patch, lm: LM, ids: Sequence[int], *, prompt: str, guesses: int = 5) -> Explanation:
+    """``explain`` of an encoded prompt, whose text is only told on."""
     if guesses < 1:
         raise InvalidConfig(f"guesses are at least 1; given: {guesses}")
-    ids = lm.encode(prompt, chat=lm.is_chat if chat is None else chat)
-    batch = torch.tensor([ids], device=lm.device)
+    batch = torch.tensor([list(ids)], device=lm.device)
     mask = torch.ones_like(batch, dtype=torch.bool)
     pieces = Pieces(lm.tokenizer)
     before = lm.logits(batch, mask)[0].float().log_softmax(-1)
-    watched, heard = _watched(patch)
-    sites = sorted({site for part in _parts(patch) for site in _sites(part, lm)})
-    seen, edited = _Seen(), _Seen()
-    with ExitStack() as stack:
-        stack.enter_context(lm.edit(seen.at(sites)))
-        stack.enter_context(watched.on(lm))
-        stack.enter_context(lm.edit(edited.at(sites)))
+    with Watch(patch, lm).on() as watch:
         after = lm.logits(batch, mask)[0].float().log_softmax(-1)
-    moved = _moved(seen.x, edited.x, len(ids))
-    fired = _fired(patch, seen.x, [token != lm.bos_id for token in ids])
+    moved, fired, is_open = watch.moved(len(ids)), watch.fired(ids), watch.is_open()
     kl = (before.exp() * (before - after)).nan_to_num(0.0).sum(-1).clamp(min=0).tolist()
-    is_open = _any_open([h.open for h in heard if h.open is not None])
     likely = [_guesses(logprobs, pieces, guesses) for logprobs in (before, after)]
     moments = tuple(
         Moment(
@@ -150,132 +120,8 @@ def explain(patch: Patch, lm: LM, prompt: str, *, chat: bool | None = None, gues
         for i, token in enumerate(ids)
     )  # fmt: skip
     return Explanation(
-        model=lm.name, patch=patch.kind, strength=patch.strength, prompt=prompt,
-        gates=tuple(h.reading() for h in heard if h.open is not None), moments=moments,
-    )  # fmt: skip
-
-
-class _Heard:
-    """What one gate was asked in a pass, and what it said."""
-
-    def __init__(self, gate: Gate) -> None:
-        self.gate = gate
-        self.signal: Signal | None = None
-        self.open: Bool[Tensor, " seq"] | None = None
-
-    def hear(self, signal: Signal, decision: Bool[Tensor, "batch seq"]) -> None:
-        self.signal = self.signal or signal
-        now = decision[0].cpu() & signal.tokens[0].cpu() if self.gate.per_token else decision[0].cpu()
-        self.open = now if self.open is None else self.open | now
-
-    def reading(self) -> GateReading:
-        assert self.signal is not None
-        assert self.open is not None
-        threshold = getattr(self.gate, "above", None)
-        has_statistic = type(self.gate).statistic is not Gate.statistic
-        statistic = float(self.gate.statistic(self.signal)[0]) if has_statistic else None
-        return GateReading(kind=self.gate.kind, opened=int(self.open.sum()), statistic=statistic, threshold=threshold)
-
-
-class _Watched(Gate):
-    """A gate that says what another says, and who hears of it."""
-
-    gate: Gate
-    heard: Any
-
-    def __call__(self, signal: Signal, memory: Memory) -> Tensor:
-        decision = self.gate(signal, memory)
-        self.heard.hear(signal, decision)
-        return decision
-
-    @property
-    def per_token(self) -> bool:
-        return self.gate.per_token
-
-
-class _Seen:
-    """Activations of a pass, as they were at one moment."""
-
-    def __init__(self) -> None:
-        self.x: dict[Site, Float[Tensor, "seq d"]] = {}
-
-    def at(self, sites: Sequence[Site]) -> dict[Site, EditFn]:
-        return {site: self._keep(site) for site in sites}
-
-    def _keep(self, site: Site) -> EditFn:
-        def keep(x: Tensor, _: Context) -> Tensor:
-            self.x[site] = x[0].float().clone()
-            return x
-
-        return keep
-
-
-class _Read(NamedTuple):
-    site: Site
-    slice: Slice
-
-
-def _parts(patch: Patch) -> Iterator[Patch]:
-    """Of a stack those that are in it."""
-    if isinstance(patch, Stack):
-        for inner in patch.patches:
-            yield from _parts(inner)
-    else:
-        yield patch
-
-
-def _watched(patch: Patch) -> tuple[Patch, list[_Heard]]:
-    """The same patch, with gates that are heard. An edit without a gate has nothing to hear."""
-    if isinstance(patch, Stack):
-        pairs = [_watched(inner) for inner in patch.patches]
-        return replace(patch, patches=tuple(p for p, _ in pairs)), [h for _, heard in pairs for h in heard]
-    if not isinstance(patch, ActivationPatch) or isinstance(patch.gate, Always):
-        return patch, []
-    heard = _Heard(patch.gate)
-    return replace(patch, gate=_Watched(gate=patch.gate, heard=heard)), [heard]
-
-
-def _sites(patch: Patch, lm: LM) -> set[Site]:
-    return set(patch.edits(lm, Switch())) if isinstance(patch, ActivationPatch) else set()
-
-
-def _reads(patch: Patch) -> list[_Read]:
-    """The features that the parts of a patch edit."""
-    found: list[_Read] = []
-    for part in _parts(patch):
-        if isinstance(part, FeaturePatch):
-            found += [_Read(s.site, s) for s in part.slices]
-        if isinstance(part, CodebookPatch) and part.banned:
-            found.append(_Read(part.codebook.site, CodeSlice(part.codebook, part.banned)))
-    return found
-
-
-def _fired(patch: Patch, seen: Mapping[Site, Tensor], is_content: Sequence[bool]) -> list[tuple[Fired, ...]]:
-    """Not on BOS or a sink: a patch does not look at those."""
-    found: list[list[Fired]] = [[] for _ in is_content]
-    for site, chosen in _reads(patch):
-        x = seen[site]
-        acts = chosen.to(x.device).encode(x).acts
-        measured = torch.tensor(is_content, device=x.device) & (x.norm(dim=-1) <= chosen.max_norm)
-        for t, k in ((acts != 0) & measured[:, None]).nonzero().tolist():
-            found[t].append(Fired(site=str(site), feature=chosen.features[k], act=float(acts[t, k])))
-    return [tuple(sorted(own, key=lambda f: -abs(f.act))) for own in found]
-
-
-def _moved(before: Mapping[Site, Tensor], after: Mapping[Site, Tensor], n: int) -> list[float]:
-    most = torch.zeros(n)
-    for site, x in before.items():
-        share = (after[site] - x).norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-12)
-        most = torch.maximum(most, share.cpu())
-    found: list[float] = most.tolist()
-    return found
-
-
-def _any_open(found: Sequence[Bool[Tensor, " seq"]]) -> list[bool] | None:
-    if not found:
-        return None
-    either: list[bool] = torch.stack(list(found)).any(0).tolist()
-    return either
+        model=lm.name, patch=patch.kind, strength=patch.strength, prompt=prompt, gates=watch.readings(), moments=moments
+    )
 
 
 def _guesses(logprobs: Float[Tensor, "seq vocab"], pieces: Pieces, n: int) -> list[tuple[Guess, ...]]:

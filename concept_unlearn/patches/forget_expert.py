@@ -32,13 +32,14 @@ class Calibration(nn.Module):
 class ForgetExpert(nn.Module):
     """E(h) = W_2 gelu(W_1 h + b_1) + b_2, W_2 = 0 and b_2 = 0 at the start, and its router s(h) = sigma(w.h + b).
 
-    The router gives exactly 0 where s is not above ``threshold``. 2dm + m + d + (d + 1) + 32 parameters.
+    With a ``window`` w.h + b is the soft maximum, as of ``ProbeGate``, over so many tokens up to the token's own. The
+    router gives exactly 0 where s is not above ``threshold``. 2dm + m + d + (d + 1) + 32 parameters.
     """
 
-    def __init__(self, d: int, width: int, *, seed: int = 0, threshold: float = THRESHOLD) -> None:
+    def __init__(self, d: int, width: int, *, seed: int = 0, threshold: float = THRESHOLD, window: int = 1) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.threshold = threshold
+        self.threshold, self.window = threshold, window
         self.w_in = nn.Parameter(torch.randn(width, d, generator=generator) / d**0.5)
         self.b_in = nn.Parameter(torch.zeros(width))
         self.w_out = nn.Parameter(torch.zeros(d, width))
@@ -54,9 +55,13 @@ class ForgetExpert(nn.Module):
     def forward(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         return linear(gelu(linear(h, self.w_in, self.b_in)), self.w_out, self.b_out)
 
-    def route(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-        """s, before calibration."""
-        s = torch.sigmoid(h @ self.router + self.bias)
+    def score(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        """w.h + b, the token's own."""
+        return h @ self.router + self.bias
+
+    def route(self, score: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """s of a score, before calibration."""
+        s = torch.sigmoid(score)
         return torch.where(s > self.threshold, s, 0.0)
 
     def calibrated(self, s: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:

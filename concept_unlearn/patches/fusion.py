@@ -9,14 +9,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..activations import stream
 from ..errors import InvalidConfig, PatchMismatch
 from ..gates import Always
-from ..lm import LM, Context, EditFn, Site
+from ..lm import LM, Site
 from ..tracking import Progress
 from ..weights.fusion import RIDGE, fuse_maps, gram, with_ones
 from .adapter import Adapter, AdapterPatch, Map
-from .base import Switch
+from .inputs import N_INPUTS, Inputs, hear_inputs
+from .refine import drawn, refined
 
 
 def with_grams(
@@ -28,28 +28,29 @@ def with_grams(
     """
     found: dict[Site, dict[str, Tensor]] = defaultdict(dict)
 
-    def recording(site: Site, adapter: Adapter, edit: EditFn) -> EditFn:
-        def fn(x: Tensor, context: Context) -> Tensor:
-            for name, given in adapter.inputs(x[context.tokens].to(adapter.dtype)).items():
-                seen = gram(with_ones(given))
-                found[site][name] = found[site][name] + seen if name in found[site] else seen
-            return edit(x, context)
+    def hear(site: Site, x: Tensor) -> None:
+        adapter = patch.adapters[site]
+        for name, given in adapter.inputs(x.to(adapter.dtype)).items():
+            seen = gram(with_ones(given))
+            found[site][name] = found[site][name] + seen if name in found[site] else seen
 
-        return fn
-
-    edits = patch.edits(lm, Switch())
-    edits |= {site: recording(site, adapter, edits[site]) for site, adapter in patch.adapters.items()}
-    with lm.edit(edits):
-        for _ in stream(lm, [max(patch.adapters)], texts, progress=progress):
-            pass
+    hear_inputs(patch, lm, texts, hear, progress=progress)
     return replace(patch, grams={site: {name: g.cpu() for name, g in own.items()} for site, own in found.items()})
 
 
-def fuse(patches: Sequence[AdapterPatch], *, ridge: float = RIDGE) -> AdapterPatch:
+def fuse(
+    patches: Sequence[AdapterPatch],
+    *,
+    ridge: float = RIDGE,
+    refine: int = 0,
+    samples: Sequence[Inputs] | None = None,
+) -> AdapterPatch:
     """One patch of several, each fitted on a request of its own: every linear map by least squares (``fuse_maps``).
 
     What a map is to do on each request's tokens it is, as far as one map can. For bottlenecks the first maps are fused,
-    then the second ones, each as if the other had stayed: exact for every map, not for both together. The Gram matrices
+    then the second ones, each as if the other had stayed: exact for every map, not for both together. So many steps of
+    ``refine`` then move both together, to do on each request's inputs what its own adapter does: on ``samples``, which
+    ``inputs_of`` takes of each patch, or on normal ones of the moments that the Gram matrices tell. The Gram matrices
     add up, so the result can be fused with what comes later.
     Raises InvalidConfig for patches without Gram matrices, weakened or gated ones, PatchMismatch for patches of other
     models, sites, kinds or shapes.
@@ -67,6 +68,7 @@ def fuse(patches: Sequence[AdapterPatch], *, ridge: float = RIDGE) -> AdapterPat
     shapes = [{str(site): (a.kind, a.shapes) for site, a in p.adapters.items()} for p in patches]
     if other := [found for found in shapes if found != shapes[0]]:
         raise PatchMismatch(f"only adapters of the same sites, kinds and shapes are fused: {shapes[0]}, {other[0]}")
+    _check_samples(patches, refine, samples)
     fused: dict[Site, Adapter] = {}
     grams: dict[Site, dict[str, Tensor]] = {}
     for site, first in patches[0].adapters.items():
@@ -74,7 +76,30 @@ def fuse(patches: Sequence[AdapterPatch], *, ridge: float = RIDGE) -> AdapterPat
         seen = {name: [p.grams[site][name].cpu() for p in patches if p.grams is not None] for name in first.names}
         fused[site] = type(first)({n: _fuse([a.maps[n] for a in adapters], own, ridge) for n, own in seen.items()})
         grams[site] = {name: torch.stack(own).sum(0) for name, own in seen.items()}
+        if refine and len(first.names) > 1:  # one map alone is the best there is
+            own = seen[first.names[0]]
+            inputs = (
+                [drawn(g, N_INPUTS, seed=i) for i, g in enumerate(own)]
+                if samples is None
+                else [s[site] for s in samples]
+            )
+            fused[site] = refined(fused[site], adapters, inputs, [float(g[-1, -1]) for g in own], refine)
     return AdapterPatch(adapters=fused, grams=grams)
+
+
+def _check_samples(patches: Sequence[AdapterPatch], refine: int, samples: Sequence[Inputs] | None) -> None:
+    if refine < 0:
+        raise InvalidConfig(f"refine counts steps, 0 or more; given: {refine}")
+    if samples is None:
+        return
+    if not refine:
+        raise InvalidConfig("samples are what refine moves the maps on: give refine=50, or leave them out")
+    sites = set(patches[0].adapters)
+    if len(samples) != len(patches) or any(not sites <= set(s) or not all(map(len, s.values())) for s in samples):
+        raise InvalidConfig(
+            f"samples are one mapping a patch, from each of the sites {', '.join(map(str, sorted(sites)))} to inputs "
+            "[n, d]: inputs_of(patch, lm, texts) takes them"
+        )
 
 
 def _fuse(maps: Sequence[Map], grams: Sequence[Tensor], ridge: float) -> Map:

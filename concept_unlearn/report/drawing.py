@@ -5,8 +5,14 @@ from __future__ import annotations
 import io
 from typing import Any
 
-INK, QUIET = "#1f2933", "#9aa5b1"
+INK, QUIET, PAPER = "#1f2933", "#9aa5b1", "#ffffff"
 COLOURS = ("#c2410c", "#0f766e", "#6d28d9", "#0369a1", "#a16207", "#be185d", "#4d7c0f", "#475569")
+DARK = (
+    "#e6e9ee",
+    "#12161c",
+    ("#fb923c", "#2dd4bf", "#a78bfa", "#38bdf8", "#facc15", "#f472b6", "#a3e635", "#94a3b8"),
+)
+"""Ink, paper and colours on a dark page, as ``report.css`` has them."""
 
 
 class Drawing(str):

@@ -94,12 +94,12 @@ def calibration(report: Report) -> Drawing | None:
 
 
 def efforts(report: Report) -> dict[str, Drawing]:
-    """By attack, what leaks for more of its effort; only of attacks that say so."""
+    """By attack, what leaks for more of its effort; only of attacks that were tried with more than one."""
     headline, found = line_of(report, report.headline), {}
     for name in dict.fromkeys(name for _, entry in _marked(report) for name in entry.attacks):
         tried = [(mark, e, _finite(e.attacks[name].curve)) for mark, e in _marked(report) if name in e.attacks]
         tried = [(mark, entry, curve) for mark, entry, curve in tried if curve]
-        if not tried:
+        if len({effort for *_, curve in tried for effort, _ in curve}) < 2:
             continue
         ceiling = report.base.attacks[name].curve if name in report.base.attacks else ()
         curves = [*(curve for *_, curve in tried), _finite(ceiling)]

@@ -1,5 +1,5 @@
 "use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
+const data = held();
 const [set, method, search, changed, list, count, more] =
   ["set", "method", "search", "changed", "examples", "count", "more"].map((id) => document.getElementById(id));
 const PAGE = 25;
@@ -75,14 +75,31 @@ function show() {
   more.hidden = found.length <= limit;
 }
 
-for (const name of Object.keys(data.sets)) set.append(new Option(`${name} (${data.sets[name].length})`, name));
-data.methods.forEach((own, i) => method.append(new Option(own.label, i)));
-for (const control of [set, method, search, changed]) control.addEventListener("input", () => { limit = PAGE; show(); });
-more.addEventListener("click", () => {
-  const first = list.childElementCount;
-  limit += PAGE;
+// What the page holds; nothing where it was cut off or emptied on its way here.
+function held() {
+  try {
+    const found = JSON.parse(document.getElementById("data").textContent);
+    return found.sets ? found : null;
+  } catch { return null; }
+}
+
+function begin() {
+  for (const name of Object.keys(data.sets)) set.append(new Option(`${name} (${data.sets[name].length})`, name));
+  data.methods.forEach((own, i) => method.append(new Option(own.label, i)));
+  for (const control of [set, method, search, changed]) control.addEventListener("input", () => { limit = PAGE; show(); });
+  more.addEventListener("click", () => {
+    const first = list.childElementCount;
+    limit += PAGE;
+    show();
+    list.children[first].tabIndex = -1;
+    list.children[first].focus();
+  });
   show();
-  list.children[first].tabIndex = -1;
-  list.children[first].focus();
-});
-show();
+}
+
+if (data) begin();
+else {
+  count.textContent = "This copy of the page has lost its examples: the file was cut off or changed. They are in report.json beside it.";
+  more.hidden = true;
+  for (const control of [set, method, search, changed]) control.disabled = true;
+}

@@ -18,6 +18,7 @@ from ..evaluation.benchmark import Line
 from ..evaluation.cost import Cost
 from ..evaluation.measured import Measured
 from ..files import write_atomically
+from .drawing import Drawing
 
 
 def _json(data: Any, indent: int | None = None) -> bytes:
@@ -142,6 +143,12 @@ class Report(Frozen):
 
         return render(self)
 
+    def picture(self) -> Drawing | None:
+        """What is forgotten against what is kept, for a README. None where no method has both numbers."""
+        from .picture import picture
+
+        return picture(self)
+
     def markdown(self) -> str:
         """The table of methods, for a paper."""
         from .markdown import render
@@ -149,13 +156,17 @@ class Report(Frozen):
         return render(self)
 
     def save(self, folder: str | Path) -> Path:
-        """``report.html``, ``table.md``, ``summary.json``, ``rows.jsonl``, and ``report.json`` that holds it all."""
+        """``report.html``, ``table.md``, ``summary.json``, ``rows.jsonl``, and ``report.json`` that holds it all; and
+        ``tradeoff.svg`` where some method was measured.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "rows.jsonl", b"".join(_json(row) + b"\n" for row in self.rows()))
         write_atomically(folder / "summary.json", _json(self.as_json(), indent=1))
         write_atomically(folder / "table.md", self.markdown().encode())
         write_atomically(folder / "report.html", self.html().encode())
+        if drawing := self.picture():
+            write_atomically(folder / "tradeoff.svg", drawing.encode())
         write_atomically(folder / "report.json", _json(self))
         return folder
 

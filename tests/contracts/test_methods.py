@@ -38,6 +38,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "expert": {"kind": "expert", "layers": [1], "width": 4, "sticky": True, **DESCENT},
     "offset": {"kind": "offset", "small": "SMALL", **DESCENT},
     "corrupt": {"kind": "corrupt", "start": 2.0, "max_steps": 0},
+    "prefix": {"kind": "prefix", "prefixes": ["w40 w41", "w42"], "batch_size": 2, "budget": 60},
     "black_box": {"kind": "black_box", "budget": 60, "q": 2, "k": "all", "lr": 1.0},
 }
 """A spec of every method there is, by its name; where several are worth it, with a word behind it."""

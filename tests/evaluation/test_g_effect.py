@@ -187,6 +187,7 @@ ENDS = {
     "gpt_neox": (["embed_in"], ["final_layer_norm", "lm_head"]),
     "gemma2": (["embed_tokens"], ["model.norm"]),
     "qwen2": (["embed_tokens"], ["model.norm", "lm_head"]),
+    "opt": (["embed_tokens", "embed_positions"], ["decoder.final_layer_norm"]),
 }
 
 

@@ -26,7 +26,7 @@ def test_the_survey_attacks_as_the_specification_lists_them():
     relearning = {a.k: (a.steps, a.batch_size) for a in attacks.values() if isinstance(a, Relearn)}
     assert relearning == {8: (1, 8), 32: (4, 8), 128: (16, 8)}  # one epoch each
     assert {a.bits for a in attacks.values() if a.kind == "quantise"} == {4, 8}
-    assert {"jailbreak_prefix", "prefill", "switch_off"} <= {a.kind for a in attacks.values()}
+    assert {"jailbreak_prefix", "prefill", "soft_prompt", "switch_off"} <= {a.kind for a in attacks.values()}
 
 
 def test_uwc_keeps_extraction_strength_of_what_the_benchmark_keeps():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from conftest import N_LAYERS, make_bridge, make_hf, make_tokenizer, n_hooks
 from torch import nn
 
@@ -56,6 +57,41 @@ def test_the_branches_add_up_to_the_residual(any_hf, ids):
     seen = any_hf.activations(ids, everywhere(ids), *sites.values())
     total = seen[sites["resid_pre"]] + seen[sites["attn_out"]] + seen[sites["mlp_out"]]
     torch.testing.assert_close(total, seen[sites["resid_post"]])
+
+
+def make_opt_bridge(folder):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    make_hf("opt").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return TransformerBridge.boot_transformers(str(folder), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("library", ["hf", "bridge"])
+@pytest.mark.parametrize("stream", ["mlp_in", "mlp_out"])
+@pytest.mark.filterwarnings("ignore:A forward hook edited hook_scale/hook_normalized")
+def test_rows_of_a_flattened_batch_come_as_batch_and_sequence(library, stream, ids, tmp_path):
+    """OPT runs its feed-forward on [batch * seq, d]: what an edit sees and writes is that of its sequence and token."""
+    lm = LM(make_opt_bridge(tmp_path) if library == "bridge" else make_hf("opt"), make_tokenizer())
+    site, seen = Site(stream, 1), []
+
+    def edit(x, context):
+        seen.append((x.shape, context.tokens.shape))
+        return torch.where((torch.arange(2)[:, None] == 1)[..., None], 2.0 * x, x)  # the second sequence only
+
+    base = lm.logits(ids)
+    alone = lm.activations(ids[1:], everywhere(ids[1:]), site)[site]
+    assert torch.allclose(lm.activations(ids, everywhere(ids), site)[site][1:], alone, atol=1e-5)
+    with lm.edit({site: edit}):
+        found = lm.logits(ids)
+    assert seen == [((*ids.shape, lm.d_model), ids.shape)]
+    if library == "hf":
+        assert torch.equal(found[0], base[0])
+    torch.testing.assert_close(found[0], base[0])  # an edited norm of a bridge is computed anew, in Python
+    assert not torch.allclose(found[1], base[1])
+    with lm.edit({site: lambda x, _: x}):
+        assert torch.equal(lm.logits(ids), base)
 
 
 def test_heads_come_flattened_before_the_output_projection(lm, ids):

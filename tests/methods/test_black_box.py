@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from concept_unlearn.lm.fingerprint import checksum
 from concept_unlearn.methods import BlackBox, Method, Study
 from concept_unlearn.methods.black_box import _Asking
 from concept_unlearn.methods.questions import fitted_gate, flagged, forget_questions
+from concept_unlearn.methods.refusing import Refusing
 from concept_unlearn.patches import PromptPatch, load_patch
 from concept_unlearn.patches.prompt_edits import Vectors
 from concept_unlearn.zeroth import n_queries
@@ -26,7 +28,8 @@ QUICK = {"budget": 400, "q": 4, "k": 2, "lr": 0.3, "beta": 0.1}
 @pytest.fixture(autouse=True)
 def refusals(monkeypatch):
     """Two tokens that no answer begins with."""
-    monkeypatch.setattr("concept_unlearn.methods.black_box._refusals", lambda: ["w46 w9", "w47 w9"])
+    for module in ("refusing", "black_box"):
+        monkeypatch.setattr(f"concept_unlearn.methods.{module}.refusal_texts", lambda: ["w46 w9", "w47 w9"])
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +145,62 @@ def test_the_frequency_mapping_takes_what_the_model_says_itself(planted, scope):
     study = Study(planted.lm, scope)
     method = BlackBox(**QUICK | {"mapping": "frequency", "m": 2})
     asking = _Asking(method, study)
-    assert set(asking.families[0]) == {46, 47}
+    assert set(asking.asked.refusals) == {46, 47}
     said = asking.oracle.probabilities([q.ids for q in asking.forget]).mean(0)
-    assert int(said.argmax()) in asking.families[1]
-    assert not set(asking.families[0]) & set(asking.families[1])
+    (answers,) = set(asking.asked.answers)
+    assert int(said.argmax()) in answers
+    assert not {46, 47} & set(answers)
+
+
+def test_a_prompts_own_answers_are_told_from_others_and_from_refusals(planted, scope):
+    probe = scope.in_easy[0]
+    like_refusal = probe.model_copy(update={"prompt": words(*CONCEPT[:5]), "answers": ("w46",)})
+    both = probe.model_copy(update={"prompt": words(*CONCEPT[1:6]), "answers": ("w46", "w5", "w6 w7")})
+    asked = _Asking(
+        BlackBox(**QUICK | {"gate": "always", "retain_weight": 0.0}),
+        Study(planted.lm, replace(scope, in_easy=(*scope.in_easy, like_refusal, both))),
+    )
+    firsts = [{answer[0] for answer in q.answers} for q in asked.forget]
+    known = set().union(*firsts) - {46}
+    for found, own in zip(asked.asked.answers, firsts, strict=True):
+        assert set(found) == (own - {46} or known)
+
+
+def test_the_loss_is_the_focal_loss_of_refusal_against_the_prompts_own_answers():
+    p = torch.tensor([[0.1, 0.3, 0.2, 0.4], [0.5, 0.1, 0.1, 0.3]])
+    asked = Refusing((0, 1), ((0,), (3,), (2, 3)))
+    for normalise, h in ((True, [0.2 / (0.2 + 0.3), 0.3 / (0.3 + 0.3)]), (False, [0.2, 0.3])):  # of prompts 2 and 1
+        expected = [-((1 - x) ** 2) * math.log(x) for x in h]
+        assert asked.loss(p, [2, 1], BlackBox(normalise=normalise)).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("k", [2, "all"])
+def test_it_searches_where_it_is_told_from_where_it_is_told(planted, scope, k):
+    """Vectors lie in the span of the components, shifted by a multiple of the refusals' mean embedding."""
+    study = Study(planted.lm, scope)
+    patch = BlackBox(**QUICK | {"rank": 3, "start": 2.0, "k": k}).fit(study)
+    mean = planted.lm.model.get_input_embeddings().weight[[46, 9, 47, 9]].mean(0).detach()
+    asking = _Asking(BlackBox(**QUICK | {"rank": 3, "start": 2.0, "k": k}), study)
+    torch.testing.assert_close(asking.basis @ asking.basis.T, torch.eye(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(asking.edit(asking.walk.w).vectors[0], 2 * mean, atol=1e-5, rtol=1e-5)
+    moved = patch.edit.vectors - 2 * mean
+    assert float(moved.norm()) > 0.1
+    torch.testing.assert_close(moved @ asking.basis.T @ asking.basis, moved, atol=1e-4, rtol=1e-4)
+    one = asking.edit(torch.eye(3)[:1]).vectors - 2 * mean
+    assert float(one.norm()) == pytest.approx(asking.scale * 4)  # of an embedding with 16 dimensions
+
+
+def test_the_control_is_as_large_and_points_elsewhere(planted, scope):
+    learned, control, other = (
+        BlackBox(**QUICK | more)(planted.lm, scope)
+        for more in ({}, {"direction": "random"}, {"direction": "random", "seed": 1})
+    )
+    sizes = learned.edit.vectors.norm(dim=1)
+    torch.testing.assert_close(control.edit.vectors.norm(dim=1), sizes)
+    cosines = torch.nn.functional.cosine_similarity(learned.edit.vectors, control.edit.vectors)
+    assert float(cosines.abs().max()) < 0.9
+    assert control.digest not in (learned.digest, other.digest)
+    assert (control.queries, control.gate) == (learned.queries, learned.gate)
 
 
 def test_a_patch_survives_a_file(planted, scope, tmp_path):
@@ -163,7 +218,7 @@ def test_a_budget_that_pays_for_nothing(planted, scope):
 def test_answers_that_begin_like_refusals(planted, scope):
     probe = scope.in_easy[0].model_copy(update={"prompt": words(*CONCEPT[:5]), "answers": ("w46",)})
     with pytest.raises(InvalidConfig, match=r'token 46 is in the families of both .* mapping="frequency"'):
-        BlackBox(**QUICK)(planted.lm, replace(scope, in_easy=(*scope.in_easy, probe)))
+        BlackBox(**QUICK | {"mapping": "first_tokens"})(planted.lm, replace(scope, in_easy=(*scope.in_easy, probe)))
 
 
 def test_a_scope_that_asks_nothing(planted):

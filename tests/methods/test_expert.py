@@ -15,7 +15,7 @@ from concept_unlearn.methods import Expert, Method, Study
 from concept_unlearn.objectives import GA, RetainNLL
 from concept_unlearn.patches import ExpertPatch, load_patch
 
-LENIENT = {"false_positives": 0.05, "held_out": 0.3}
+LENIENT = {"false_positives": 0.05, "window": 2}
 
 
 @pytest.fixture

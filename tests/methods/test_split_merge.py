@@ -12,10 +12,12 @@ from workers import tiny_finetune, tiny_scope
 
 from concept_unlearn.data.examples import Passage
 from concept_unlearn.errors import InvalidConfig, InvalidData, UnknownName
+from concept_unlearn.gates import Always
 from concept_unlearn.lm.fingerprint import checksum
-from concept_unlearn.methods import Method, Negate, SplitMerge, Steer, Study
+from concept_unlearn.methods import EUL, Method, Negate, SplitMerge, Steer, Study
 from concept_unlearn.methods.split_merge import by_attribute
-from concept_unlearn.patches import WeightPatch, merge
+from concept_unlearn.patches import WeightPatch, fuse, merge
+from concept_unlearn.patches.union import union
 from concept_unlearn.training import Loop
 from concept_unlearn.weights import Dense
 
@@ -195,3 +197,62 @@ def test_disjoint_changes_add_up(lm, scope, monkeypatch):
     (change,) = SplitMerge(method=_Spy(), by="of")(lm, scope).deltas.values()
     assert change.dense().sum() == 3 * 32
     assert change.dense().max() == 1
+
+
+class TestOtherKinds:
+    """Features are united, bans too, adapters are fused."""
+
+    def parts(self, planted, method):
+        scope = named(planted.scope, NAMES[:2])
+        names = sorted({p.attribute("of") for p in scope.forget})
+        made = [
+            method(planted.lm, replace(scope, forget=tuple(p for p in scope.forget if p.attribute("of") == name)))
+            for name in names
+        ]
+        return scope, made
+
+    def suppress(self, planted, **changes):
+        settings = {"dictionaries": (planted.second,), "n": 3, "score": "mean_difference", "edit": "dense_clamp"}
+        return Method.parse({"kind": "suppress"} | settings | changes)
+
+    @pytest.mark.parametrize("edit", ["dense_clamp", "mean"])
+    def test_features_of_the_parts_are_edited_together(self, planted, edit):
+        method = self.suppress(planted, edit=edit)
+        scope, made = self.parts(planted, method)
+        found = SplitMerge(method=method, by="of")(planted.lm, scope)
+        assert found.digest == union(made).digest
+        assert set(found.slices[0].features) == {f for p in made for f in p.slices[0].features}
+
+    def test_codes_of_the_parts_are_banned_together(self, planted, codes):
+        method = Method.parse({"kind": "ban", "codebook": codes, "n": 3})
+        scope, made = self.parts(planted, method)
+        found = SplitMerge(method=method, by="of")(planted.lm, scope)
+        assert found.banned == tuple(sorted({code for p in made for code in p.banned}))
+
+    def test_adapters_of_the_parts_are_fused(self, planted):
+        method = EUL(layers=(1,), width=2, lr=1e-2, max_steps=4, batch_size=4, micro_batch=4, alternate=False)
+        scope, made = self.parts(planted, method)
+        assert SplitMerge(method=method, by="of")(planted.lm, scope).digest == fuse(made).digest
+
+    def test_a_gate_is_fitted_once_on_the_whole(self, planted):
+        gated, plain = (self.suppress(planted, gate=gate) for gate in ({"kind": "probe", "alpha": 0.2}, "always"))
+        scope, made = self.parts(planted, plain)
+        found = SplitMerge(method=gated, by="of")(planted.lm, scope)
+        whole = gated(planted.lm, scope)
+        assert (found.gate, found.sensor.spec()) == (whole.gate, whole.sensor.spec())
+        assert replace(found, gate=Always(), sensor=None).digest == union(made).digest
+
+    def test_one_part_is_the_method_alone(self, planted):
+        method, scope = self.suppress(planted), named(planted.scope, ("a",))
+        assert SplitMerge(method=method, by="of")(planted.lm, scope).digest == method(planted.lm, scope).digest
+
+    def test_a_finished_part_is_not_made_again(self, planted, tmp_path, monkeypatch):
+        method, scope = self.suppress(planted), named(planted.scope, NAMES[:2])
+        first = SplitMerge(method=method, by="of")(planted.lm, scope, folder=tmp_path)
+        monkeypatch.setattr(type(method), "fit", None)
+        assert SplitMerge(method=method, by="of")(planted.lm, scope, folder=tmp_path).digest == first.digest
+
+    @pytest.mark.parametrize("changes", [{"merge": "sum"}, {"density": 0.5}, {"scale": 0.5}], ids=str)
+    def test_how_weights_are_merged_says_nothing_of_features(self, planted, changes):
+        with pytest.raises(InvalidConfig, match=f"{next(iter(changes))} is of changes of weights"):
+            SplitMerge(method=self.suppress(planted), by="of", **changes)(planted.lm, named(planted.scope, NAMES[:2]))

@@ -118,6 +118,7 @@ def mlp_outputs(kind: str) -> list[str]:
         "gpt2": "transformer.h.{}.mlp.c_proj.weight",
         "gpt_neox": "gpt_neox.layers.{}.mlp.dense_4h_to_h.weight",
         "hooked": "blocks.{}.mlp.W_out",
+        "opt": "model.decoder.layers.{}.fc2.weight",
     }.get(kind, "model.layers.{}.mlp.down_proj.weight")
     return [name.format(i) for i in range(N_LAYERS)]
 

@@ -10,7 +10,7 @@ from mixtures import make_mixture
 from concept_unlearn.data.encode import pad
 from concept_unlearn.dictionaries import direction
 from concept_unlearn.errors import InvalidConfig, PatchMismatch, SiteNotFound
-from concept_unlearn.gates import ProbeGate, SequenceGate, TokenGate
+from concept_unlearn.gates import SOFTNESS, ProbeGate, SequenceGate, TokenGate
 from concept_unlearn.lm import LM, Site
 from concept_unlearn.lm.context import Context, Memory, answering
 from concept_unlearn.lm.forward import forward, new_cache
@@ -38,7 +38,7 @@ def patch_of(layers=(0, 1), **settings):
     return ExpertPatch(experts={layer: expert(layer) for layer in layers}, **settings)
 
 
-@pytest.fixture(params=["llama", "gpt2", "gpt_neox", "gemma2", "mixtral", "hooked", "bridge"])
+@pytest.fixture(params=["llama", "gpt2", "gpt_neox", "gemma2", "opt", "mixtral", "hooked", "bridge"])
 def model(request, tmp_path):
     match request.param:
         case "hooked":
@@ -104,6 +104,72 @@ class TestTheFormula:
         torch.testing.assert_close(seen[site], torch.full_like(seen[site], 0.25))
 
 
+class TestAWindow:
+    """s of a token is of the soft maximum over the last tokens, by brute force and however the passes cut them."""
+
+    def windowed(self, window, **changes):
+        one = expert(3, **changes)
+        one.window = window
+        return one
+
+    def brute(self, one, h):
+        scores = (h @ one.router + one.bias).double()
+        found = torch.zeros_like(scores)
+        for b, t in torch.cartesian_prod(torch.arange(h.shape[0]), torch.arange(h.shape[1])).tolist():
+            lately = scores[b, max(t - one.window + 1, 0) : t + 1]
+            found[b, t] = SOFTNESS * ((lately / SOFTNESS).exp().mean()).log()
+        return torch.sigmoid(found)
+
+    @pytest.mark.parametrize("window", [1, 2, 4, 100])
+    def test_a_token_is_let_through_by_what_came_lately(self, lm, ids, window):
+        one = self.windowed(window)
+        sites = Site("mlp_in", 1), Site("mlp_out", 1)
+        with torch.no_grad(), lm.read(*sites) as seen:
+            lm.logits(ids)
+            h, f = (seen[site] for site in sites)
+            with ExpertPatch(experts={1: one}).on(lm), lm.read(sites[1]) as edited:
+                lm.logits(ids)
+        s = self.brute(one, h)
+        open_ = s > one.threshold
+        assert 0 < open_.sum() < open_.numel()
+        assert torch.equal((edited[sites[1]] != f).any(-1), open_)
+        hidden = torch.nn.functional.gelu(h @ one.w_in.T + one.b_in) @ one.w_out.T + one.b_out
+        want = f + one.calibrated(s.float())[..., None] * hidden
+        torch.testing.assert_close(edited[sites[1]][open_], want[open_], rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("sticky", [False, True])
+    def test_passes_padding_and_the_cache_change_nothing(self, model, sticky):
+        patch = ExpertPatch(experts={0: self.windowed(3), 1: self.windowed(5)}, sticky=sticky)
+        with patch.on(model):
+            together = model.generate(PROMPTS, max_new_tokens=5, chat=False)
+            assert together == [model.generate(p, max_new_tokens=5, chat=False)[0] for p in PROMPTS]
+            assert together == model.generate(PROMPTS, max_new_tokens=5, chat=False, use_cache=False)
+
+    def test_it_is_saved_and_trained_with_it(self, lm, ids, tmp_path):
+        patch = ExpertPatch(experts={0: self.windowed(3)})
+        again = load_patch(patch.save(tmp_path, lm), lm)
+        assert again.experts[0].window == 3
+        assert again.digest == patch.met(lm).digest != ExpertPatch(experts={0: self.windowed(2)}).met(lm).digest
+        one = self.windowed(3, bias=1.0).requires_grad_(True)
+        _through(one, torch.randn(2, 5, D_MODEL), torch.randn(2, 5, D_MODEL)).sum().backward()
+        assert one.w_in.grad.any()
+        assert one.router.grad.isfinite().all()
+        assert one.router.grad.any()
+
+    def test_what_every_chat_begins_with_is_neither_read_nor_changed(self, lm):
+        sure = self.windowed(4, router=0.0, bias=5.0)
+        ids = torch.tensor([lm.encode(words(9, 10, 11), chat=True)])
+        assert lm.chat_head[0] == ids[0, 0]
+        site = Site("mlp_out", 0)
+        with torch.no_grad(), lm.read(site) as seen:
+            lm.logits(ids)
+            plain = seen[site]
+            with ExpertPatch(experts={0: sure}).on(lm), lm.read(site) as edited:
+                lm.logits(ids)
+        changed = (edited[site] != plain).any(-1)[0]
+        assert changed.tolist() == [False] + [True] * 5
+
+
 class TestWhereTheRouterIsClosed:
     @pytest.mark.parametrize("rho", [0, 1])
     def test_a_new_expert_changes_no_bit(self, model, ids, rho):
@@ -140,7 +206,7 @@ class TestWhereTheRouterIsClosed:
     def test_a_share_on_the_threshold_is_closed(self):
         at = ForgetExpert(D_MODEL, 8, threshold=0.5)
         at.bias.data.zero_()
-        assert not at.route(torch.zeros(3, D_MODEL)).any()
+        assert not at.route(torch.zeros(3)).any()
 
     def test_gradients_are_finite_beside_tokens_that_are_not(self):
         one = expert(bias=5.0).requires_grad_(True)

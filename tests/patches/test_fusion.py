@@ -15,6 +15,9 @@ from concept_unlearn.lm import LM, Site
 from concept_unlearn.patches import AdapterPatch, FeaturePatch, fuse, load_patch
 from concept_unlearn.patches.adapter import Linear
 from concept_unlearn.patches.fusion import with_grams
+from concept_unlearn.patches.inputs import inputs_of
+from concept_unlearn.patches.refine import drawn
+from concept_unlearn.patches.refine import error as missed_by
 from concept_unlearn.weights.fusion import gram, with_ones
 
 TEXTS = [[7, 8, 9, 10], [11, 12], [20, 21, 22, 23, 24, 25, 30], [40, 41, 42], [0, 33, 34]]
@@ -145,3 +148,71 @@ def test_a_fused_patch_is_a_patch_like_any_other(lm, ids):
         together = lm.generate(PROMPTS, max_new_tokens=4, chat=False)
         assert together == lm.generate(PROMPTS, max_new_tokens=4, chat=False, use_cache=False)
     assert torch.equal(logits(lm, ids, fused.at(0.0)), logits(lm, ids))
+
+
+class TestRefined:
+    """Both maps of a bottleneck together: towards what each request's adapter did on its own inputs."""
+
+    def patches(self, lm):
+        return [with_grams(make(seed=9 * i), lm, [*TEXTS[i::2], [15 + i, 16, 17, 18]]) for i in range(2)]
+
+    def missed(self, fused, patches, inputs):
+        counts = [float(p.grams[SITES[0]]["down"][-1, -1]) for p in patches]
+        return [
+            float(missed_by(fused.adapters[s], [p.adapters[s] for p in patches], [x[s] for x in inputs], counts))
+            for s in SITES
+        ]
+
+    def test_it_misses_less_of_what_the_requests_did_and_never_more(self, lm):
+        patches = self.patches(lm)
+        inputs = [inputs_of(p, lm, [*TEXTS[i::2], [15 + i, 16, 17, 18]]) for i, p in enumerate(patches)]
+        plain = self.missed(fuse(patches), patches, inputs)
+        refined = self.missed(fuse(patches, refine=60, samples=inputs), patches, inputs)
+        assert all(after < before / 2 for before, after in zip(plain, refined, strict=True))
+        one_step = self.missed(fuse(patches, refine=1, samples=inputs), patches, inputs)
+        assert all(after <= before for before, after in zip(plain, one_step, strict=True))
+
+    def test_inputs_drawn_from_the_moments_help_on_the_inputs_themselves(self, lm):
+        patches = self.patches(lm)
+        inputs = [inputs_of(p, lm, [*TEXTS[i::2], [15 + i, 16, 17, 18]]) for i, p in enumerate(patches)]
+        plain, drawn = (sum(self.missed(fuse(patches, refine=n), patches, inputs)) for n in (0, 60))
+        assert drawn < plain
+
+    def test_inputs_that_are_drawn_have_the_moments_they_were_drawn_from(self):
+        x = draw(200, 5).double() @ draw(5, 5, seed=1).double() + 2
+        found = drawn(gram(with_ones(x)), 200_000, seed=0)
+        torch.testing.assert_close(found.mean(0), x.mean(0), rtol=0, atol=0.01)
+        torch.testing.assert_close(found.T.cov(), x.T.cov(correction=0), rtol=0, atol=0.02)
+
+    def test_inputs_are_what_the_gram_matrices_were_summed_over(self, lm):
+        patch = with_grams(make(), lm, TEXTS)
+        for site, x in inputs_of(patch, lm, TEXTS).items():
+            torch.testing.assert_close(gram(with_ones(x)), patch.grams[site]["down"], rtol=1e-4, atol=1e-3)
+        assert all(len(x) == 3 for x in inputs_of(patch, lm, TEXTS, n=3).values())
+
+    def test_one_patch_equal_patches_and_linear_ones_come_back_as_they_are(self, lm):
+        one, same = (with_grams(make(), lm, texts) for texts in (TEXTS[:3], TEXTS[3:]))
+        assert_same(fuse([one], refine=20), one)
+        assert_same(fuse([one, same], refine=20), one)
+        linear = [with_grams(make("linear", seed=9 * i), lm, TEXTS) for i in range(2)]
+        assert fuse(linear, refine=20).digest == fuse(linear).digest
+
+    def test_it_is_the_same_each_time_and_can_be_fused_with_what_comes_later(self, lm):
+        patches = self.patches(lm)
+        one, again = (fuse(patches, refine=5) for _ in range(2))
+        assert one.digest == again.digest
+        assert len(fuse([one, with_grams(make(seed=4), lm, TEXTS)]).adapters) == len(SITES)
+
+    @pytest.mark.parametrize(
+        ("settings", "says"),
+        [
+            ({"refine": -1}, "0 or more; given: -1"),
+            ({"samples": [{}, {}]}, "give refine=50"),
+            ({"refine": 5, "samples": [{}]}, "one mapping a patch.*inputs_of"),
+            ({"refine": 5, "samples": [{s: torch.zeros(0, D_MODEL) for s in SITES}] * 2}, "one mapping a patch"),
+        ],
+        ids=str,
+    )
+    def test_it_says_what_does_not_fit(self, lm, settings, says):
+        with pytest.raises(InvalidConfig, match=says):
+            fuse(self.patches(lm), **settings)

@@ -144,7 +144,7 @@ def test_damage_is_noticed(lm, tmp_path, damage):
             config.write_text(json.dumps(data | {"kind": "magic"}))
         case "format":
             config.write_text(json.dumps(data | {"format": 99}))
-    known = "known: adapter, codebook, expert, feature, lens, logit, prompt, rounded, stack, weight"
+    known = "known: adapter, codebook, expert, feature, lens, logit, prefix, prompt, rounded, stack, weight"
     expected = (UnknownName, known) if damage == "kind" else (CorruptArtifact, str(folder.name))
     with pytest.raises(expected[0], match=expected[1]):
         load_patch(folder, lm)

@@ -30,7 +30,7 @@ def test_infinity_comes_back_as_a_number(rich_report, tmp_path):
 
 def test_every_file_is_there_and_every_json_is_strict(rich_report, tmp_path):
     rich_report.save(tmp_path)
-    files = {"report.html", "report.json", "summary.json", "rows.jsonl", "table.md"}
+    files = {"report.html", "report.json", "summary.json", "rows.jsonl", "table.md", "tradeoff.svg"}
     assert {path.name for path in tmp_path.iterdir()} == files
     for name in ("report.json", "summary.json"):
         strictly(tmp_path / name)

@@ -18,4 +18,5 @@ from .relearn import Relearn as Relearn
 from .rewrite import Paraphrase as Paraphrase
 from .rewrite import Translate as Translate
 from .run import attack as attack
+from .soft_prompt import SoftPrompt as SoftPrompt
 from .switch_off import SwitchOff as SwitchOff

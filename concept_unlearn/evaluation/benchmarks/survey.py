@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -12,15 +12,25 @@ from pydantic import ConfigDict, Field
 from ...data.examples import Passage, normalise
 from ...data.scope import IN_SCOPE, OUT_OF_SCOPE, PROBES, NamedScope, Scope
 from ...errors import EmptyData, InvalidData
-from ..benchmark import Benchmark, Line
+from ..benchmark import Benchmark, Kind, Line
 from ..metric import Metric
-from ..metrics import Consistency, ExtractionStrength, Probability, reworded, wordings_of
+from ..metrics import (
+    Consistency,
+    ExtractionStrength,
+    MembershipAUC,
+    PrivLeak,
+    Probability,
+    reworded,
+    wordings_of,
+)
 from ..view import Asked
 from .concept import CHAT_TOKENS, CLOZE_TOKENS
 
 N_GRAM, MOST_SHARED = 8, 0.5
 """At most so much of a document to keep is, in runs of so many words, also in documents to forget; and conversely."""
 KEPT = ("near", "retain")
+MAX_TOKENS = 512
+"""Of a document whose membership is asked."""
 
 
 class Overlap(NamedTuple):
@@ -44,18 +54,27 @@ def overlaps(scope: Scope) -> Iterator[Overlap]:
                 yield Overlap(
                     part, i, f"{shared[0]!r} answers {probe.prompt!r} and a question of {answers[normalise(shared[0])]}"
                 )
-    forget = [_n_grams(p) for p in scope.forget]
-    forgotten = frozenset().union(*forget)
     for part in KEPT:
-        for i, passage in enumerate(getattr(scope, part)):
-            grams = _n_grams(passage)
-            common = grams & forgotten
-            if common and max(len(common) / len(grams), *(len(grams & f) / len(f) for f in forget)) > MOST_SHARED:
-                yield Overlap(part, i, f"more than half of {passage.text[:60]!r} is shared with a document to forget")
+        for i in _shared(getattr(scope, part), scope.forget):
+            text = getattr(scope, part)[i].text
+            yield Overlap(part, i, f"more than half of {text[:60]!r} is shared with a document to forget")
+
+
+def _shared(passages: Sequence[Passage], others: Sequence[Passage]) -> Iterator[int]:
+    """Which of the passages are more than half in the others, or one of them in it."""
+    wholes = [_n_grams(p) for p in others]
+    known = frozenset().union(*wholes)
+    for i, passage in enumerate(passages):
+        grams = _n_grams(passage)
+        common = grams & known
+        if common and max(len(common) / len(grams), *(len(grams & w) / len(w) for w in wholes)) > MOST_SHARED:
+            yield i
 
 
 class Survey(Benchmark):
     """``Survey(scope)``: each set on its own, never pooled, as log-probabilities and as replies to several wordings.
+
+    With ``holdout`` also whether it can be told that a model was trained on what it is to forget.
 
     An empty set is measured as undefined. Raises InvalidData where something to keep is also to be forgotten.
     """
@@ -66,6 +85,10 @@ class Survey(Benchmark):
     """A built-in concept, a folder, a .jsonl file or a dataset id."""
     overlap: Literal["refuse", "drop"] = "refuse"
     """drop: what to keep is left out where it is also to be forgotten."""
+    holdout: NamedScope | None = None
+    """Documents like those to forget that no model here was trained on: what a scope of this name would forget, such as
+    a .jsonl of passages. With them it is asked whether it can be told which of the two a model was trained on. Where
+    the two differ in more than that, so does what tells them apart: compare with the retrained model."""
     n_items: int | None = Field(None, gt=0)
     """Of each set, the first so many."""
 
@@ -79,6 +102,12 @@ class Survey(Benchmark):
             raise InvalidData(
                 f"scope {self.scope.name!r}, {found[0].part}: {found[0].why} ({len(found)} such in all); "
                 "overlap='drop' leaves them out"
+            )
+        if self.holdout is not None and (shared := list(_shared(self.holdout.forget, self.scope.forget))):
+            text = self.holdout.forget[shared[0]].text
+            raise InvalidData(
+                f"holdout: more than half of {text[:60]!r} is shared with a document to forget ({len(shared)} such in "
+                "all): what was trained on is not held out"
             )
 
     @property
@@ -100,15 +129,22 @@ class Survey(Benchmark):
         for name in PROBES:
             asked = Asked(getattr(self.request, name)[: self.n_items], CHAT_TOKENS, max_cloze_tokens=CLOZE_TOKENS)
             found |= {name: asked, wordings_of(name): reworded(asked)}
+        if self.holdout is not None:
+            for name, documents in (("forget", self.request.forget), ("holdout", self.holdout.forget)):
+                found[name] = Asked(documents[: self.n_items], max_tokens=MAX_TOKENS)
         return found
 
     @cached_property
     def metrics(self) -> tuple[Metric, ...]:
-        return tuple(
+        found: list[Metric] = [
             metric
             for name in PROBES
             for metric in (ExtractionStrength(on=name), Probability(on=name), Consistency(on=name))
-        )
+        ]
+        if self.holdout is not None:
+            found += [MembershipAUC(), PrivLeak()]
+            found += [MembershipAUC(attack=a, label=f"{a}_auc") for a in ("loss", "zlib", "min_k_plus_plus")]
+        return tuple(found)
 
     @property
     def leaks(self) -> tuple[Metric, ...]:
@@ -128,6 +164,8 @@ class Survey(Benchmark):
             for metric, what in _WORDS.items():
                 column = name if metric == "extraction_strength" else None
                 found.append(Line.of(section, f"{what}, {_SETS[name]}", f"{name}/{metric}", goal, column))
+        for metric, (what, kind) in _MEMBERSHIP.items() if self.holdout is not None else ():
+            found.append(Line.of("Trained on", what, f"forget/{metric}", "as retrained", kind=kind))
         return tuple(found)
 
 
@@ -136,6 +174,13 @@ _SETS = {
     "in_hard": "the same asked otherwise",
     "out_near": "neighbouring knowledge",
     "out_far": "general knowledge",
+}
+_MEMBERSHIP: dict[str, tuple[str, Kind]] = {
+    "membership_auc": ("told from documents never seen, by Min-K (0.5: not at all)", "number"),
+    "loss_auc": ("the same by the loss", "number"),
+    "zlib_auc": ("the same by the loss a byte as zlib packs it", "number"),
+    "min_k_plus_plus_auc": ("the same by Min-K++", "number"),
+    "priv_leak": ("how far from the retrained model's (PrivLeak)", "number"),
 }
 _WORDS = {
     "extraction_strength": "how much of the answer it says by itself",

@@ -75,7 +75,7 @@ def inspect_features(
         )  # fmt: skip
     return Inspection(
         model=lm.name, dictionary=dictionary.name, site=str(dictionary.site), scope=scope.name,
-        has_lens=seen is not None, features=tuple(shown),
+        has_lens=seen is not None, features=tuple(shown), neuronpedia_id=getattr(dictionary, "neuronpedia_id", None),
     )  # fmt: skip
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Literal
@@ -12,6 +15,7 @@ from ...component import Frozen
 from ...errors import CorruptArtifact, InvalidConfig, InvalidData
 from ...files import write_atomically
 from .choice import Choice
+from .effect import Effect
 from .rate import Rate
 
 Part = Literal["forget", "near", "retain"]
@@ -68,6 +72,10 @@ class Shown(Frozen):
     down: tuple[Token, ...]
     nearest: tuple[Neighbour, ...]
     """By cosine of decoder rows."""
+    effect: Effect | None = None
+    """What suppressing it alone does, where that was measured."""
+    label: str | None = None
+    """What a model says it is about, where one was asked."""
 
     @property
     def fires(self) -> bool:
@@ -84,6 +92,10 @@ class Inspection(Frozen):
     has_lens: bool
     """False where the dictionary writes to another space than the unembedding reads."""
     features: tuple[Shown, ...]
+    labeller: str | None = None
+    """The model that wrote the labels."""
+    neuronpedia_id: str | None = None
+    """``model/source`` of the dictionary there, where it has one: ``gemma-2-2b/20-gemmascope-res-16k``."""
 
     def of(self, feature: int) -> Shown:
         """Raises InvalidConfig for one that was not looked at."""
@@ -92,6 +104,30 @@ class Inspection(Frozen):
                 return shown
         known = ", ".join(str(shown.feature) for shown in self.features[:20])
         raise InvalidConfig(f"feature {feature} of {self.dictionary} was not looked at; the first that were: {known}")
+
+    def beside(self, effects: Mapping[int, Effect]) -> Inspection:
+        """With what suppressing each feature alone does, as ``effect_alone`` gives it."""
+        shown = (s.model_copy(update={"effect": effects.get(s.feature, s.effect)}) for s in self.features)
+        return self.model_copy(update={"features": tuple(shown)})
+
+    def labelled(self, labels: Mapping[int, str], by: str) -> Inspection:
+        """With what ``by`` says that each feature is about."""
+        shown = (s.model_copy(update={"label": labels.get(s.feature, s.label)}) for s in self.features)
+        return self.model_copy(update={"features": tuple(shown), "labeller": by})
+
+    @property
+    def neuronpedia(self) -> str | None:
+        """The dictionary's address there; a feature's is ``{this}/{feature}``. None where it has no page."""
+        has_page = re.fullmatch(r"[\w.-]+/[\w.-]+", self.neuronpedia_id or "")
+        return f"https://www.neuronpedia.org/{self.neuronpedia_id}" if has_page else None
+
+    def neuronpedia_list(self) -> list[dict[str, str]]:
+        """The features by Neuronpedia's names, in the shape of its lists; none where the dictionary has no page."""
+        if self.neuronpedia is None or self.neuronpedia_id is None:
+            return []
+        model, source = self.neuronpedia_id.split("/")
+        rows = ({"modelId": model, "layer": source, "index": str(s.feature)} for s in self.features)
+        return [r | ({"description": s.label} if s.label else {}) for r, s in zip(rows, self.features, strict=True)]
 
     def html(self, choice: Choice | None = None) -> str:
         """One page that needs nothing else, on which features are chosen; it begins with ``choice``."""
@@ -104,11 +140,13 @@ class Inspection(Frozen):
         return f'<iframe title="features" srcdoc="{escape(self.html())}" style="{style}"></iframe>'
 
     def save(self, folder: str | Path, choice: Choice | None = None) -> Path:
-        """``inspection.json``, which ``load`` reads, and ``inspection.html``."""
+        """``inspection.json``, which ``load`` reads, ``inspection.html``, and ``neuronpedia.json`` if it has pages."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "inspection.html", self.html(choice).encode())
         write_atomically(folder / "inspection.json", self.model_dump_json().encode())
+        if rows := self.neuronpedia_list():
+            write_atomically(folder / "neuronpedia.json", json.dumps(rows, indent=1, ensure_ascii=False).encode())
         return folder
 
     @classmethod

@@ -1,13 +1,21 @@
 "use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
+const data = held();
 const [list, pane, search, only, order, count, tally] =
   ["list", "feature", "search", "only", "order", "count", "tally"].map((id) => document.getElementById(id));
 const SVG = "http://www.w3.org/2000/svg";
-const KEPT = `choice of ${data.dictionary} on ${data.scope}: ${data.features.map((f) => f.feature).join(" ")}`;
+const KEPT = data && `choice of ${data.dictionary} on ${data.scope}: ${data.features.map((f) => f.feature).join(" ")}`;
 const decisions = new Map();
-for (const [what, features] of Object.entries(data.choice)) for (const f of features) decisions.set(f, what);
-const begun = JSON.stringify(data.choice);
+for (const [what, features] of Object.entries(data ? data.choice : {})) for (const f of features) decisions.set(f, what);
+const begun = data && JSON.stringify(data.choice);
 let shown = [], current = null;
+
+// What the page holds; null where it was cut off or emptied on its way here.
+function held() {
+  try {
+    const found = JSON.parse(document.getElementById("data").textContent);
+    return found.features.length ? found : null;
+  } catch { return null; }
+}
 
 function element(tag, text, name) {
   const made = document.createElement(tag);
@@ -36,7 +44,7 @@ function recall() {
   } catch { /* likewise */ }
 }
 
-const percent = (share) => share === 0 ? "0" : share < 0.0001 ? (100 * share).toExponential(0) + "%" : (100 * share).toPrecision(2).replace(/e\+2$/, "00").replace(/^1\.0e\+2$/, "100") + "%";
+const percent = (share) => share === 0 ? "0" : share < 0.0001 ? (100 * share).toExponential(0) + "%" : Number((100 * share).toPrecision(share > .99 ? 3 : 2)) + "%";
 const visible = (text) => text.replace(/^ /, "·").replace(/\n/g, "⏎").replace(/\t/g, "⇥");
 const signed = (value) => (value > 0 ? "+" : "") + value.toPrecision(2);
 
@@ -53,8 +61,8 @@ function told() {
   tally.textContent = `${n("keep")} kept, ${n("drop")} dropped, ${n("pinned")} pinned`;
 }
 
-const texts = new Map(data.features.map((f) => [f.feature, [
-  String(f.feature), ...f.up.map((t) => t.text), ...f.down.map((t) => t.text),
+const texts = new Map((data ? data.features : []).map((f) => [f.feature, [
+  String(f.feature), f.label || "", ...f.up.map((t) => t.text), ...f.down.map((t) => t.text),
   ...[f.forget, f.retain].flatMap((s) => s.contexts.map((c) => c.tokens.join(""))),
 ].join("\n").toLowerCase()]));
 
@@ -63,7 +71,10 @@ const ORDERS = {
   ratio: (a, b) => ratio(b) - ratio(a),
   forget: (a, b) => b.forget.rate.value - a.forget.rate.value,
   retain: (a, b) => b.retain.rate.value - a.retain.rate.value,
+  lost: (a, b) => lost(a, "forget") - lost(b, "forget"),
+  cost: (a, b) => lost(a, "retain") - lost(b, "retain"),
 };
+const lost = (f, name) => f.effect ? f.effect[name].logprob : 0;
 const ratio = (f) => f.forget.rate.value / (f.retain.rate.high || 1);
 
 function relist() {
@@ -77,11 +88,17 @@ function relist() {
   mark();
 }
 
+// The tokens on which it fires most, each once: on what is to be forgotten, or else elsewhere.
+function strongest(f) {
+  const contexts = f.forget.contexts.length ? f.forget.contexts : f.retain.contexts;
+  return [...new Set(contexts.map((c) => c.tokens[c.peak].trim()))];
+}
+
 function row(f) {
   const item = element("li"), button = element("button");
   button.type = "button";
   button.dataset.feature = f.feature;
-  const about = f.up.length ? f.up.slice(0, 5).map((t) => visible(t.text.trim())).join(" ") : f.forget.contexts.slice(0, 3).map((c) => c.tokens[c.peak].trim()).join(" ");
+  const about = f.label || (strongest(f).length ? strongest(f) : f.up.map((t) => t.text)).slice(0, 5).map((text) => visible(text.trim())).join(" ");
   button.append(element("b", f.feature), element("span", about, "top"), element("span", `${percent(f.forget.rate.value)} | ${percent(f.retain.rate.value)}`, "rates"));
   button.addEventListener("click", () => { show(f); mark(); });
   item.append(button);
@@ -176,6 +193,43 @@ function density(f) {
   return box;
 }
 
+// What suppressing it alone does: nats that a right answer loses, and questions it still gets right.
+function alone(f) {
+  const box = element("section"), { kind, ...rest } = f.effect.edit;
+  const how = Object.entries(rest).filter(([name, value]) => value !== null && !(name === "above" && value === 0))
+    .map(([name, value]) => `${name.replaceAll("_", " ")} ${value.of_norm === undefined ? value : `${value.of_norm} of the norm`}`);
+  box.append(element("h3", `Suppressed alone: ${[kind.replaceAll("_", " "), ...how].join(" ")}`));
+  for (const name of ["forget", "retain"]) {
+    const own = f.effect[name], line = element("p", undefined, `rate ${name}`);
+    const right = own.before === null ? "" : `, right ${percent(own.before)} → ${percent(own.after)}`;
+    line.append(element("span", name, "name"), element("b", own.touched ? signed(own.logprob) : "0"),
+      element("span", `${own.touched ? `± ${(1.96 * own.error).toPrecision(2)} ` : ""}nats${right}`, "quiet small"));
+    line.title = `mean change of the log-probability of a right answer; ${own.touched} of ${own.questions} questions touched`;
+    box.append(line);
+  }
+  box.append(element("p", `It touches ${f.effect.forget.touched} of ${f.effect.forget.questions} questions of the concept, and ${f.effect.retain.touched} of ${f.effect.retain.questions} others.`, "quiet small"));
+  return box;
+}
+
+function title(f) {
+  const box = element("div"), heading = element("h2", `Feature ${f.feature}`);
+  box.append(heading);
+  if (f.label) {
+    const label = element("p", f.label, "label");
+    label.title = `as ${data.labeller} says`;
+    label.append(element("span", ` says ${data.labeller}`, "quiet small"));
+    box.append(label);
+  }
+  if (data.neuronpedia) {
+    const link = element("a", "on Neuronpedia", "small");
+    link.href = `${data.neuronpedia}/${f.feature}`;
+    link.target = "_blank";
+    link.rel = "noopener noreferrer";
+    heading.append(" ", link);
+  }
+  return box;
+}
+
 function chips(title, tokens) {
   const box = element("div");
   box.append(element("h3", title));
@@ -233,13 +287,19 @@ function side(f, name, title, largest) {
   return box;
 }
 
+function middle(f, fires) {
+  const parts = [...(fires ? [density(f)] : []), ...(f.effect ? [alone(f)] : [])], box = element("div", undefined, "stack");
+  box.append(...parts);
+  return parts.length ? [box] : [];
+}
+
 function show(f) {
   current = f;
   const head = element("div", undefined, "head"), facts = element("div", undefined, "facts"), sides = element("div", undefined, "sides");
-  head.append(element("h2", `Feature ${f.feature}`), buttons(f));
+  head.append(title(f), buttons(f));
   const largest = Math.max(...["forget", "retain"].flatMap((name) => f[name].contexts.map((c) => c.acts[c.peak])), 1e-9);
   const fires = f.edges.length > 0;
-  facts.append(rates(f), ...(fires ? [density(f)] : []), writes(f));
+  facts.append(rates(f), ...middle(f, fires), writes(f));
   sides.append(side(f, "forget", "On what is to be forgotten", largest), side(f, "retain", "On what is to be kept", largest));
   const parts = [head];
   if (!fires) parts.push(element("p", "It never fires on this scope: there is nothing to see of it, and an edit of an active feature does nothing here.", "note"));
@@ -265,7 +325,7 @@ document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" || event.key === "Enter") search.blur();
     return;
   }
-  if (event.target instanceof HTMLSelectElement || !(event.key in KEYS)) return;
+  if (!data || event.target instanceof HTMLSelectElement || !(event.key in KEYS)) return;
   event.preventDefault();
   KEYS[event.key]();
 });
@@ -283,5 +343,11 @@ document.getElementById("copy").addEventListener("click", async (event) => {
   try { await navigator.clipboard.writeText(yaml()); button.textContent = "Copied"; } catch { window.prompt("The choice as YAML", yaml()); }
   setTimeout(() => { button.textContent = was; }, 1200);
 });
-recall();
-relist();
+if (data) {
+  for (const option of order.querySelectorAll("[data-effect]")) option.hidden = option.disabled = !data.features.some((f) => f.effect);
+  recall();
+  relist();
+} else {
+  pane.replaceChildren(element("p", "This copy of the page has lost what it should show: the file was cut off or changed. Make it anew with concept-unlearn inspect, or in Python with Inspection.load(folder).save(folder).", "note"));
+  for (const control of document.querySelectorAll("button, input, select")) control.disabled = true;
+}

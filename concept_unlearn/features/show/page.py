@@ -20,6 +20,8 @@ def render(inspection: Inspection, choice: Choice) -> str:
         "dictionary": inspection.dictionary,
         "scope": inspection.scope,
         "has_lens": inspection.has_lens,
+        "labeller": inspection.labeller,
+        "neuronpedia": inspection.neuronpedia,
         "features": [shown.model_dump(mode="json") for shown in inspection.features],
         "choice": {name: getattr(choice, name) for name in ("keep", "drop", "pinned")},
     }

@@ -18,6 +18,7 @@ from concept_unlearn.evaluation.attacks import (
     Outcome,
     Quantise,
     Relearn,
+    SoftPrompt,
     attack,
     worst,
 )
@@ -29,6 +30,7 @@ SMALL = {
     "relearn": Relearn(k=4, steps=3, lr=1e-3, at=(0, 1)),
     "linear_probe": LinearProbe(stride=2, folds=3),
     "logit_lens": LogitLens(stride=1),
+    "soft_prompt": SoftPrompt(n=2, k=4, steps=3),
     "dilute": Dilute(tokens=(8, 32)),
 }
 EVERY = [SMALL.get(kind, member()) for kind, member in Attack.members.items()]
@@ -59,7 +61,7 @@ def test_the_model_and_the_patch_are_as_they_were_and_the_outcome_can_be_kept(on
     assert Outcome.model_validate_json(outcome.model_dump_json()) == outcome
 
 
-@pytest.mark.parametrize("kind", ["dilute", "extraction", "logit_lens", "linear_probe", "relearn"])
+@pytest.mark.parametrize("kind", ["dilute", "extraction", "logit_lens", "linear_probe", "relearn", "soft_prompt"])
 def test_models_of_every_library_are_as_they_were(kind, any_lm):
     patch = patch_of("stack", any_lm)
     any_lm.logits(torch.arange(8, 12)[None])  # a bridge makes hooks of its own at its first pass

@@ -120,6 +120,45 @@ def test_limits_take_the_first_of_each_set():
     assert {len(sets[f"{name}_wordings"].examples) for name in PROBES} == {4}
 
 
+HELD = [words(9, 41, 12, 33, 20, 8, 17, 40, 10, 25, 36), words(*range(43, 28, -1))]
+
+
+def test_without_documents_held_out_membership_is_not_asked(lm: LM):
+    assert not {"forget", "holdout"} & set(Survey(scope()).sets)
+
+
+def test_membership_is_told_from_documents_held_out(lm: LM):
+    """Of all pairs of a document to forget and one held out: how often the first has the lower loss."""
+    survey = Survey(scope(), holdout=Scope.of("held", forget=HELD))
+    view = survey.observe(lm)
+    measured = survey.measure(view)
+    assert {line.metric for line in survey.lines} == set(measured)
+    losses = [[-group[0].mean_logprob for group in view[name].answers] for name in ("forget", "holdout")]
+    pairs = [(m < o) + (m == o) / 2 for m in losses[0] for o in losses[1]]
+    assert measured["forget/loss_auc"].value == pytest.approx(sum(pairs) / len(pairs))
+    assert measured["forget/priv_leak"].value is None
+    assert "retrained" in measured["forget/priv_leak"].notes["undefined"]
+    beside = survey.measure(view.beside(retrained=view))
+    auc = beside["forget/membership_auc"].value
+    assert beside["forget/priv_leak"].value == (pytest.approx(0) if auc < 1 else None)
+
+
+def test_documents_held_out_that_are_to_be_forgotten_are_refused():
+    with pytest.raises(
+        InvalidData, match=r"holdout: more than half of 'one two .* what was trained on is not held out"
+    ):
+        Survey(scope(), holdout=Scope.of("held", forget=[f"{DOCUMENT} twelve", *HELD]))
+
+
+def test_it_is_its_spec_with_documents_held_out(tmp_path):
+    path = tmp_path / "held.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in HELD))
+    survey = Survey("shakespeare", overlap="drop", holdout=str(path))
+    spec = json.loads(json.dumps(survey.spec()))
+    assert spec["holdout"] == str(path)
+    assert [p.text for p in Benchmark.parse(spec).holdout.forget] == HELD
+
+
 def test_it_is_its_spec():
     survey = Survey("shakespeare", overlap="drop", n_items=5)
     spec = json.loads(json.dumps(survey.spec()))

@@ -143,6 +143,26 @@ def test_a_decoder_row_of_zeros_writes_nothing_and_is_near_nothing(planted):
     assert {4, 9}.isdisjoint(n.feature for n in seen.of(3).nearest)
 
 
+def test_rows_of_zeros_of_a_dictionary_that_rescales_by_decoder_norms_break_nothing(planted):
+    sae = make_sae(
+        "topk", d_sae=2 * D_MODEL, k=4, hook_name="blocks.0.hook_resid_pre", rescale_acts_by_decoder_norm=True
+    )
+    sae = sae.to(dtype=torch.float32)
+    with torch.no_grad():
+        sae.W_dec[4] = 0
+    seen = inspect_features(planted.lm, as_made(sae), planted.scope, [4, 3])
+    assert (seen.of(4).norm, seen.of(4).up, seen.of(4).nearest) == (0, (), ())
+    assert seen.of(3).norm == pytest.approx(1, abs=1e-3)
+
+
+def test_a_dictionary_that_knows_nothing_of_itself_is_looked_at(planted):
+    sae = make_perfect_sae("blocks.0.hook_resid_pre")
+    sae.cfg.metadata = type(sae.cfg.metadata)()
+    seen = inspect_features(planted.lm, SAEDictionary(sae, site="blocks.0.hook_resid_pre"), planted.scope, [EVEN])
+    assert seen.dictionary == "unknown model/blocks.0.hook_resid_pre"
+    assert (seen.neuronpedia, seen.labeller, seen.features[0].label) == (None, None, None)
+
+
 def test_a_broken_decoder_is_refused(planted):
     sae = make_perfect_sae("blocks.0.hook_resid_pre")
     with torch.no_grad():

@@ -7,8 +7,9 @@ import re
 from html import unescape
 
 import pytest
+from conftest import make_perfect_sae
 
-from concept_unlearn.dictionaries import load_dictionary
+from concept_unlearn.dictionaries import SAEDictionary, load_dictionary
 from concept_unlearn.errors import CorruptArtifact, InvalidConfig, InvalidData
 from concept_unlearn.features import Choice, Inspection, inspect_features
 
@@ -71,3 +72,31 @@ def test_a_folder_without_one_or_with_a_broken_one_is_said(seen, tmp_path):
         Inspection.load(tmp_path)
     with pytest.raises(InvalidConfig, match=r"feature 9 .* was not looked at; the first that were: 3, 5"):
         seen.of(9)
+
+
+def test_a_dictionary_with_a_page_on_neuronpedia_is_linked_and_listed(planted, tmp_path):
+    sae = make_perfect_sae("blocks.0.hook_resid_pre")
+    sae.cfg.metadata.neuronpedia_id = "tiny-1m/0-res-16k"
+    seen = inspect_features(planted.lm, SAEDictionary(sae), planted.scope, [3, 5]).labelled({5: "odd"}, by="somebody")
+    assert embedded(seen.html())["neuronpedia"] == "https://www.neuronpedia.org/tiny-1m/0-res-16k"
+    seen.save(tmp_path)
+    assert json.loads((tmp_path / "neuronpedia.json").read_text()) == [
+        {"modelId": "tiny-1m", "layer": "0-res-16k", "index": "3"},
+        {"modelId": "tiny-1m", "layer": "0-res-16k", "index": "5", "description": "odd"},
+    ]
+    assert Inspection.load(tmp_path) == seen
+
+
+@pytest.mark.parametrize("odd", [None, "", "gpt2-small", "a/b/c", "a/b?c=d", "https://elsewhere/b", "a/<b>"])
+def test_a_dictionary_without_one_is_neither(seen, tmp_path, odd):
+    seen = seen.model_copy(update={"neuronpedia_id": odd})
+    assert seen.neuronpedia is None
+    assert embedded(seen.save(tmp_path).joinpath("inspection.html").read_text())["neuronpedia"] is None
+    assert not (tmp_path / "neuronpedia.json").exists()
+
+
+def test_an_inspection_from_before_there_were_effects_and_labels_is_read(seen, tmp_path):
+    old = seen.model_dump(mode="json", exclude={"labeller": True, "neuronpedia_id": True})
+    old["features"] = [{k: v for k, v in s.items() if k not in ("effect", "label")} for s in old["features"]]
+    (tmp_path / "inspection.json").write_text(json.dumps(old))
+    assert Inspection.load(tmp_path) == seen
