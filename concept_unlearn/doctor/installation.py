@@ -26,6 +26,7 @@ _PURPOSE = {
     "eval": "for the tasks of lm-eval",
     "quantise": "for the quantise attack",
     "ui": "for the live page",
+    "notebooks": "to run the notebooks",
     "dev": "to work on the package",
     "docs": "to build its pages",
 }

@@ -39,9 +39,11 @@ class Axis(NamedTuple):
 
 
 def axis(label: str, kind: Kind, values: Iterable[float]) -> Axis:
-    """Round ticks, the first below and the last above all values."""
+    """Round ticks, the first below and the last above all values; a share that stands alone has a scale from 0 to 1."""
     known = list(values)
     low, high = min(known), max(known)
+    if low == high and kind == "percent" and 0 <= low <= 1:
+        low, high = 0.0, 1.0
     span = (high - low) or abs(high) or 1.0
     rough = span / (_TICKS - 1)
     power = 10.0 ** math.floor(math.log10(rough))

@@ -35,6 +35,9 @@ def test_ticks_are_few_and_round_and_around_every_value(values):
 def test_ticks_golden():
     assert axis("x", "number", (0, 1)).ticks == (0, 0.5, 1)
     assert axis("x", "number", (-40, 15)).ticks == (-40, -20, 0, 20)
+    assert {
+        (axis("x", "percent", [share]).ticks[0], axis("x", "percent", [share]).ticks[-1]) for share in (0.0, 0.4, 1.0)
+    } == {(0, 1)}
 
 
 def test_more_is_to_the_right_and_above():
