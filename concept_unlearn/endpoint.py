@@ -17,6 +17,13 @@ _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _MAX_PAUSE = 60.0
 
 
+class _Stays(urllib.request.HTTPRedirectHandler):
+    """Goes nowhere else: the key is for this address, and a question that is sent on arrives without its body."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
 class _Unanswered(Exception):
     """Worth asking again, after so many seconds where the server says how many."""
 
@@ -59,7 +66,7 @@ def _post(url: str, question: Mapping[str, Any], key: str | None, timeout: float
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, json.dumps(question).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as reply:
+        with urllib.request.build_opener(_Stays).open(request, timeout=timeout) as reply:
             content: bytes = reply.read()
             return content
     except urllib.error.HTTPError as error:

@@ -177,14 +177,12 @@ def _table(seen: Inspection) -> Table:
         table.add_column(f"alone, {side}", justify="right")
     table.add_column("about" if seen.labeller else "strongest on")
     for shown in seen.features:
-        peaks = [c.tokens[c.peak] for c in shown.forget.contexts] or [c.tokens[c.peak] for c in shown.retain.contexts]
-        words = list(dict.fromkeys(word.strip() for word in peaks))
         rates = [f"{side.rate.value:.2%}" for side in (shown.forget, shown.retain)]
         if effects:
             rates += (
                 [f"{c.logprob:+.2f}" for c in (shown.effect.forget, shown.effect.retain)] if shown.effect else ["", ""]
             )
-        about = shown.label or " ".join(repr(word)[1:-1] for word in words[:6])
+        about = shown.label or " ".join(repr(word)[1:-1] for word in shown.strongest[:6])
         about = about if shown.fires else "(never fires here)"
         table.add_row(str(shown.feature), *rates, Text(about))
     return table

@@ -14,6 +14,10 @@ from .app import Model, app, quiet, say
 def ui(
     patch: Annotated[list[str], typer.Option(help="Folder or Hub id of a saved patch. Repeatable.")],
     model: Model = "smollm2",
+    inspection: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder that inspect made of a patch's dictionary: it names features. Repeatable."),
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of runs whose reports are listed.")] = Path("runs"),
     port: Annotated[int, typer.Option(help="0 takes any that is free.")] = 8080,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in: there is no password.")] = "127.0.0.1",
@@ -23,11 +27,13 @@ def ui(
 
     Turn the patch's strength, gate and features, see which tokens it acts on, and read the reports of runs.
     """
+    from ..features import Inspection
     from ..lm import LM
     from ..ui import Stage, check_installed, listen, load_patches, serve
 
     check_installed()
     with listen(host, port) as taken, quiet():
+        seen = [Inspection.load(folder) for folder in inspection or ()]
         lm = LM.load(model)
-        stage = Stage(lm, load_patches(patch, lm))
+        stage = Stage(lm, load_patches(patch, lm), seen)
         serve(stage, runs=runs, taken=taken, browser=browser, say=lambda at: say(f"page: {at}   (Ctrl+C ends it)"))

@@ -66,6 +66,7 @@ class _Insertion:
     def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._asking:  # whoever chooses may run the model himself
             return None
+        self._undo = None  # of a pass that was cut short
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             raise PatchNotReached("a prefix is put before tokens, and this prompt came as embeddings: give input_ids")

@@ -118,7 +118,8 @@ class _Trial:
         before = self.oracle.probabilities([q.ids for q in plain])
         for i in (*left, -1):
             p = before if i == -1 else self.oracle.probabilities([self._behind(i, q) for q in plain])
-            self.totals[i, 0] += asked.loss(p[: len(forget)], forget, self.method).sum()
+            if forget:
+                self.totals[i, 0] += asked.loss(p[: len(forget)], forget, self.method).sum()
             self.totals[i, 1] += divergence(before[len(forget) :], p[len(forget) :]).sum()
 
     def _mean(self, i: int, done: int) -> float:

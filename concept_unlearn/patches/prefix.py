@@ -43,6 +43,7 @@ class PrefixPatch(Patch):
     access = "prompts"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "gate", Gate.parse(self.gate))
         check_strength(self.strength)
         self._guard(1)
 

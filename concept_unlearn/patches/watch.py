@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from .activation import ActivationPatch
 from .base import Patch, Stack, Switch
 from .codebook import CodebookPatch, CodeSlice
 from .feature import FeaturePatch
+from .prefix import PrefixPatch
 
 
 class Fired(Frozen):
@@ -34,6 +36,8 @@ class GateReading(Frozen):
     """What one gate read in the prompt."""
 
     kind: str
+    part: int = 0
+    """Of a stack: whose gate it is, counted from 0 through all that are in it."""
     opened: int
     """Tokens that it let through."""
     statistic: float | None
@@ -47,7 +51,7 @@ class Watch:
     def __init__(self, patch: Patch, lm: LM) -> None:
         self._lm, self._reads = lm, _reads(patch)
         self._sites = sorted({site for part in parts(patch) for site in _sites(part, lm)})
-        self._watched, self.heard = _watched(patch)
+        self._watched, self.heard = _watched(patch, count())
         self.seen, self.edited = Seen(), Seen()
 
     @contextmanager
@@ -96,8 +100,8 @@ class Watch:
 class Heard:
     """What one gate was asked in the first pass, and what it said."""
 
-    def __init__(self, gate: Gate) -> None:
-        self.gate = gate
+    def __init__(self, gate: Gate, part: int) -> None:
+        self.gate, self.part = gate, part
         self.signal: Signal | None = None
         self.open: Bool[Tensor, " seq"] | None = None
 
@@ -114,7 +118,9 @@ class Heard:
         threshold = getattr(self.gate, "above", None)
         has_statistic = type(self.gate).statistic is not Gate.statistic
         statistic = float(self.gate.statistic(self.signal)[0]) if has_statistic else None
-        return GateReading(kind=self.gate.kind, opened=int(self.open.sum()), statistic=statistic, threshold=threshold)
+        return GateReading(
+            kind=self.gate.kind, part=self.part, opened=int(self.open.sum()), statistic=statistic, threshold=threshold
+        )
 
 
 class Seen:
@@ -164,14 +170,15 @@ def parts(patch: Patch) -> Iterator[Patch]:
         yield patch
 
 
-def _watched(patch: Patch) -> tuple[Patch, list[Heard]]:
+def _watched(patch: Patch, numbers: Iterator[int]) -> tuple[Patch, list[Heard]]:
     """The same patch, with gates that are heard. An edit without a gate has nothing to hear."""
     if isinstance(patch, Stack):
-        pairs = [_watched(inner) for inner in patch.patches]
+        pairs = [_watched(inner, numbers) for inner in patch.patches]
         return replace(patch, patches=tuple(p for p, _ in pairs)), [h for _, heard in pairs for h in heard]
-    if not isinstance(patch, ActivationPatch) or isinstance(patch.gate, Always):
+    number = next(numbers)
+    if not isinstance(patch, ActivationPatch | PrefixPatch) or isinstance(patch.gate, Always):
         return patch, []
-    heard = Heard(patch.gate)
+    heard = Heard(patch.gate, number)
     return replace(patch, gate=_WatchedGate(gate=patch.gate, heard=heard)), [heard]
 
 

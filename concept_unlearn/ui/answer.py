@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..data.encode import common_prefix, encode_question
-from ..errors import ConceptUnlearnError
 from ..features.show.pieces import Pieces
 from ..lm import LM
 from ..patches import Explanation, Patch
@@ -83,7 +82,7 @@ class Question:
                     reply.state = "stopped"
                 else:
                     self._write(lm, reply, is_patched)
-        except (ConceptUnlearnError, RuntimeError) as error:  # RuntimeError: no memory, a device that is gone
+        except Exception as error:  # a chat template's, a device's: whatever it is, the page has to tell it
             self.error = f"{type(error).__name__}: {error}"
             for reply in (self.original, self.patched):
                 reply.state = reply.state if reply.state == "done" else "failed"

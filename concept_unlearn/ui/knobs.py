@@ -11,8 +11,9 @@ from pydantic import Field
 
 from ..component import Frozen
 from ..gates import Gate, SequenceGate
-from ..patches import Patch, Stack
+from ..patches import Patch, PrefixPatch, Stack
 from ..patches.activation import ActivationPatch
+from ..patches.watch import parts
 from .muted import Named, without
 
 
@@ -29,6 +30,10 @@ class Knobs(Frozen):
         """The parts of a stack are numbered in the order of ``patches.watch.parts``."""
         found = _turned(patch, self, count())
         return Stack(()) if found is None else found.at(self.strength)
+
+    def left(self, patch: Patch) -> tuple[int, ...]:
+        """The parts that the turned patch still has, by their numbers in ``patch``."""
+        return tuple(i for i, part in enumerate(parts(patch)) if without(part, self.off) is not None)
 
 
 class Span(NamedTuple):
@@ -56,13 +61,18 @@ def threshold_span(gate: Gate) -> Span | None:
 
 
 def gate_of(part: Patch) -> Gate | None:
-    return part.gate if isinstance(part, ActivationPatch) else None
+    return part.gate if isinstance(part, ActivationPatch | PrefixPatch) else None
+
+
+def is_gated(part: Patch) -> bool:
+    gate = gate_of(part)
+    return gate is not None and gate.kind != "always"
 
 
 def in_words(part: Patch) -> str:
     """Of a part whose gate has no threshold: where it is at work."""
     gate = gate_of(part)
-    if gate is None:
+    if gate is None or (isinstance(part, PrefixPatch) and not is_gated(part)):
         return f"No gate: every text meets the changed {part.access}."
     if gate.kind == "always":
         return "No gate: at work on every token it has something to edit on."
@@ -80,6 +90,6 @@ def _turned(patch: Patch, knobs: Knobs, numbers: Iterator[int]) -> Patch | None:
         inner = [_turned(part, knobs, numbers) for part in patch.patches]
         return replace(patch, patches=tuple(part for part in inner if part is not None))
     above = knobs.above.get(next(numbers))
-    if above is not None and isinstance(patch, ActivationPatch):
+    if above is not None and isinstance(patch, ActivationPatch | PrefixPatch):
         patch = replace(patch, gate=patch.gate.model_copy(update={"above": above}))
     return without(patch, knobs.off)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from concurrent.futures import Future
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from nicegui import ui
 
 from ..patches import Explanation
 from .answer import Question, Reply, explain
+from .knobs import Knobs
 from .marks import moment_html, prompt_html, reply_html, said_html, shift_html, strongest
 from .panel import Panel
 from .shelf import Shelf
@@ -25,6 +27,13 @@ _STATES = {
 }  # fmt: skip
 
 
+class _Again(NamedTuple):
+    """The last prompt as it is being read anew."""
+
+    explanation: Future[Explanation]
+    under: tuple[str, Knobs]
+
+
 class Chat:
     """What one open page shows. Its thread is that of the server; the model runs in the stage's."""
 
@@ -34,7 +43,9 @@ class Chat:
         self._special = frozenset(stage.lm.tokenizer.all_special_tokens)
         self.question: Question | None = None
         self.explanation: Explanation | None = None
-        self._again: Future[Explanation] | None = None
+        self._under = (self.name, Knobs(strength=stage.patches[self.name].strength))
+        """The patch that the explanation is of, and its knobs."""
+        self._again: _Again | None = None
         self._is_stale, self._is_turned, self._shown = False, False, ""
         self._histories: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
         self._build()
@@ -107,8 +118,9 @@ class Chat:
             return
         if not self._goes_on.value:
             self._histories = ((), ())
+        self._under, self._again = (self.name, self._panel.knobs()), None
         self.question = Question(
-            message, self._panel.knobs().turned(self.stage.patches[self.name]),
+            message, self._under[1].turned(self.stage.patches[self.name]),
             max_new_tokens=int(self._length.value or 96), temperature=float(self._temperature.value or 0.0),
             original=Reply(self._histories[0]), patched=Reply(self._histories[1]),
         )  # fmt: skip
@@ -151,9 +163,12 @@ class Chat:
         question = self.question
         if question is None:
             return
-        if self._again is not None and self._again.done():
-            self.explanation = self._again.result()
-            self._again = None
+        if self._again is not None and self._again.explanation.done():
+            again, self._again = self._again, None
+            if (error := again.explanation.exception()) is not None:
+                self._complain(f"{type(error).__name__}: {error}")
+            else:
+                self.explanation, self._under = again.explanation.result(), again.under
         elif self.explanation is None:
             self.explanation = question.explanation
         if self._is_stale and not self._busy and self._again is None:
@@ -164,10 +179,9 @@ class Chat:
 
     def _explain_anew(self, question: Question) -> None:
         """The prompt under the knobs as they stand now: two passes and no new reply."""
-        self._is_stale = False
-        patch = self._panel.knobs().turned(self.stage.patches[self.name])
-        self._again = self.stage.run(lambda lm: explain(question, lm, patch))
-        self._is_turned = True
+        self._is_stale, self._is_turned, knobs = False, True, self._panel.knobs()
+        patch = knobs.turned(self.stage.patches[self.name])
+        self._again = _Again(self.stage.run(lambda lm: explain(question, lm, patch)), (self.name, knobs))
 
     def _draw(self, question: Question) -> None:
         replies = {"original": question.original, "patched": question.patched}
@@ -185,18 +199,23 @@ class Chat:
         if self.explanation is not None:
             self._prompt.set_content(prompt_html(self.explanation, question.head, self._special, most))
             self._shift.set_content(shift_html(self.explanation.moments[-1]))
-            self._panel.read(self.explanation, question.head)
+            name, knobs = self._under
+            if name == self.name:
+                self._panel.read(self.explanation, knobs, question.head)
 
     def _settle(self, question: Question) -> None:
         """A question has come to its end."""
         self._ask.enable()
         self._stop.disable()
-        self._problem.set_text(question.error or "")
-        self._problem.set_visibility(question.error is not None)
+        self._complain(question.error)
         if question.error is None:
             self._histories = tuple(  # type: ignore[assignment]
                 (*reply.history, question.message, reply.text) for reply in (question.original, question.patched)
             )
+
+    def _complain(self, why: str | None) -> None:
+        self._problem.set_text(why or "")
+        self._problem.set_visibility(why is not None)
 
     def _about_patched(self) -> str:
         return f"{self.name} at {self._panel.knobs().strength:g}"
@@ -245,5 +264,5 @@ def reports_page(shelf: Shelf) -> None:
         with ui.element("ul"):
             for page in pages:
                 with ui.element("li"):
-                    ui.link(page.name, f"/runs/{page.address}")
+                    ui.link(page.name, f"/runs/{quote(page.address)}")
                     ui.label(f"{page.kind}, {page.when:%Y-%m-%d %H:%M}, {page.n_bytes / 1e6:.1f} MB").classes("quiet")

@@ -10,7 +10,7 @@ from nicegui import ui
 
 from ..patches import Explanation, Patch
 from ..patches.watch import parts
-from .knobs import Knobs, gate_of, in_words, strength_span, threshold_span
+from .knobs import Knobs, gate_of, in_words, is_gated, strength_span, threshold_span
 from .marks import named
 from .muted import Named, features_of
 
@@ -24,7 +24,7 @@ class Panel:
         self._strength: Any = None
         self._above: dict[int, Any] = {}
         self._off: dict[Named, Any] = {}
-        self._read: list[Any] = []
+        self._read: dict[int, Any] = {}
         with ui.element("section").classes("card knobs"):
             self._build()
 
@@ -34,15 +34,20 @@ class Panel:
         off = frozenset(name for name, box in self._off.items() if not box.value)
         return Knobs(strength=float(self._strength.value), above=above, off=off)
 
-    def read(self, explanation: Explanation, head: int) -> None:
+    def read(self, explanation: Explanation, knobs: Knobs, head: int) -> None:
         """What the gates read in the last prompt, beside their thresholds; which features fire in it.
 
-        The first ``head`` tokens are what every chat begins with.
+        ``knobs`` are those that it was read under. The first ``head`` tokens are what every chat begins with.
         """
         fired = {(f.site, f.feature) for moment in explanation.moments[head:] for f in moment.fired}
         for name, box in self._off.items():
             box.classes(**{"add" if name in fired else "remove": "fires"})
-        for label, gate in zip(self._read, explanation.gates, strict=False):
+        left = knobs.left(self._patch)
+        gates = {left[gate.part]: gate for gate in explanation.gates}
+        for i, label in self._read.items():
+            if (gate := gates.get(i)) is None:
+                label.set_text("Not asked: this part is off.")
+                continue
             verdict = "open" if gate.opened else "closed"
             if gate.statistic is None or gate.threshold is None:
                 label.set_text(f"{verdict}: let through {gate.opened} of {len(explanation.moments)} tokens")
@@ -69,10 +74,8 @@ class Panel:
                 above = float(getattr(gate, "above"))  # noqa: B009
                 prefix = f"{title}: " if len(several) > 1 else ""
                 self._above[i] = self._slider(f"{prefix}{gate.kind} gate opens above", *found, above)
-            if gate is not None and gate.kind != "always":
-                self._read.append(
-                    ui.label("Ask something to see what the gate reads.").classes("quiet small gate-read")
-                )
+            if is_gated(part):
+                self._read[i] = ui.label("Ask something to see what the gate reads.").classes("quiet small gate-read")
         self._features(several)
 
     def _features(self, several: Sequence[Patch]) -> None:

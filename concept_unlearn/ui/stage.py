@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import ConceptUnlearnError, InvalidConfig
+from ..features import Inspection
 from ..features.show.decoder import lens
+from ..features.show.inspection import Shown
 from ..features.show.pieces import Pieces
 from ..lm import LM
 from ..patches import FeaturePatch, Patch, load_patch
@@ -19,17 +21,20 @@ from .muted import Named
 
 T = TypeVar("T")
 _WORDS = 4
-"""Tokens that tell what a feature raises."""
+"""Tokens that tell what a feature is about."""
 
 
 class Stage:
     """Questions are served one at a time, in the order in which they came, whichever page they came from."""
 
-    def __init__(self, lm: LM, patches: Mapping[str, Patch]) -> None:
+    def __init__(self, lm: LM, patches: Mapping[str, Patch], inspections: Sequence[Inspection] = ()) -> None:
+        """``inspections`` say what features are about; of the others, the page says what they raise."""
         if not patches:
             raise InvalidConfig("the page compares a model with its patched self: give at least one patch")
         self.lm, self.patches = lm, dict(patches)
-        self.words = {name: feature_words(lm, patch) for name, patch in patches.items()}
+        known = {(seen.site, f.feature): _about(f) for seen in inspections for f in seen.features if f.fires}
+        raised = {name: feature_words(lm, patch) for name, patch in patches.items()}
+        self.words = {name: {f: known.get(f, words) for f, words in own.items()} for name, own in raised.items()}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._open: set[Question] = set()
         self._lock = threading.Lock()
@@ -60,7 +65,7 @@ class Stage:
 
 
 def load_patches(folders: Sequence[Path | str], lm: LM) -> dict[str, Patch]:
-    """By the names of their folders, with what is before them where two are called the same.
+    """By the names of their folders; by what was given where two are called the same.
 
     Raises InvalidConfig, which names the folder that holds no patch for this model.
     """
@@ -70,8 +75,9 @@ def load_patches(folders: Sequence[Path | str], lm: LM) -> dict[str, Patch]:
             patch = load_patch(folder, lm)
         except ConceptUnlearnError as error:
             raise InvalidConfig(f"--patch {folder}: {type(error).__name__}: {error}") from error
-        short = Path(folder).expanduser().resolve().name
-        found[short if short not in found else str(folder)] = patch
+        path = Path(folder).expanduser().resolve()
+        names = (path.name, str(folder), str(path))
+        found[next((name for name in names if name not in found), names[-1])] = patch
     return found
 
 
@@ -84,3 +90,7 @@ def feature_words(lm: LM, patch: Patch) -> dict[Named, tuple[str, ...]]:
             for feature, raised in zip(chosen.features, seen[0] if seen else (), strict=False):
                 words[str(chosen.site), feature] = tuple(pieces.one(token) for token, _ in raised)
     return words
+
+
+def _about(shown: Shown) -> tuple[str, ...]:
+    return (shown.label,) if shown.label else shown.strongest[:_WORDS]

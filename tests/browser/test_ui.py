@@ -13,7 +13,7 @@ from concept_unlearn.dictionaries import load_dictionary
 from concept_unlearn.edits import Clamp
 from concept_unlearn.gates import TokenGate
 from concept_unlearn.lm.fingerprint import fingerprint
-from concept_unlearn.patches import FeaturePatch, WeightPatch
+from concept_unlearn.patches import FeaturePatch, Stack, WeightPatch
 from concept_unlearn.ui import Stage, address_of, listen, make_server
 from concept_unlearn.weights.delta import Dense
 
@@ -26,14 +26,22 @@ LONG = 200
 def live(planted, tmp_path_factory):
     """The page, served from a thread of this process: its address and its stage."""
     runs = tmp_path_factory.mktemp("runs")
-    (runs / "one").mkdir()
-    (runs / "one" / "report.html").write_text("<!doctype html><title>One</title><h1>What was measured</h1>")
+    for name, title in (("one", "What was measured"), ("lr=1% #2?", "Another rate")):
+        (runs / name).mkdir()
+        (runs / name / "report.html").write_text(f"<!doctype html><title>{name}</title><h1>{title}</h1>")
     feature = FeaturePatch(
         dictionary=load_dictionary(planted.first), features=PLANTED, edit=Clamp(to=-3.0), gate=TokenGate(above=0.5)
     )
     name, weight = next(iter(planted.lm.model.named_parameters()))
     weights = WeightPatch(deltas={name: Dense(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))})
-    stage, taken = Stage(planted.lm, {"planted": feature, "weights": weights}), listen("127.0.0.1", 0)
+    two = Stack(tuple(
+        FeaturePatch(
+            dictionary=load_dictionary(planted.first), features=[i], edit=Clamp(to=-3.0), gate=TokenGate(above=0.5)
+        )
+        for i in PLANTED
+    ))  # fmt: skip
+    patches = {"planted": feature, "weights": weights, "two": two}
+    stage, taken = Stage(planted.lm, patches), listen("127.0.0.1", 0)
     server = make_server(stage, runs)
     thread = threading.Thread(target=lambda: server.run(sockets=[taken]))
     thread.start()
@@ -52,20 +60,23 @@ def chat(live, page):
 
 
 class Slow:
-    """Each pass of the model takes a while, until the block ends."""
+    """Each pass of the model takes a while, or waits for an event, until the block ends."""
 
-    def __init__(self, stage):
-        self.passes = 0
+    def __init__(self, stage, until=None):
+        self.passes, self.until = 0, until
         self._handle = stage.lm.model.register_forward_pre_hook(self._wait)
 
     def _wait(self, *_):
         self.passes += 1
         time.sleep(0.05)
+        assert self.until is None or self.until.wait(10)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        if self.until is not None:
+            self.until.set()
         self._handle.remove()
 
 
@@ -159,6 +170,42 @@ def test_a_patch_without_a_gate_says_so(chat):
     assert reply(chat, "original") != reply(chat, "patched")
 
 
+def test_a_part_that_is_off_is_not_told_what_another_ones_gate_read(chat):
+    chat.get_by_label("Patch", exact=True).click()
+    chat.get_by_role("option", name="two").click()
+    ask(chat)
+    chat.wait_for_function("document.querySelector('.gate-read').innerText.startsWith('open')")
+    chat.get_by_role("checkbox", name=f"{PLANTED[0]} ·").click()
+    chat.wait_for_function("document.querySelector('.gate-read').innerText.startsWith('Not asked')")
+    assert chat.locator(".gate-read").nth(1).inner_text().startswith("open: let through")
+
+
+def test_a_prompt_that_is_still_being_read_anew_is_not_taken_for_the_next_one(live, chat):
+    ask(chat)
+    with Slow(live[1], until=threading.Event()) as slow:
+        slide(chat, "Strength", 0)
+        chat.get_by_text("made before the knobs were turned").wait_for()
+        ask(chat, words(FAR[2], CONCEPT[6]), wait=False)
+        chat.get_by_text("waiting").first.wait_for()
+        slow.until.set()
+        idle(chat)
+    assert chat.locator(".prompt").inner_text().split()[-4:-2] == words(FAR[2], CONCEPT[6]).split()
+
+
+def test_a_prompt_that_cannot_be_read_anew_is_told_and_the_page_goes_on(live, chat):
+    def fail(*_):
+        raise ValueError("no such device")
+
+    ask(chat)
+    handle = live[1].lm.model.register_forward_pre_hook(fail)
+    slide(chat, "Strength", 0)
+    chat.get_by_role("alert").get_by_text("no such device").wait_for()
+    handle.remove()
+    ask(chat)
+    assert not chat.get_by_role("alert").is_visible()
+    same_on_both_sides(chat)
+
+
 def test_stop_stops(live, chat):
     before = fingerprint(live[1].lm.model)
     chat.get_by_label("Longest reply").fill(str(LONG))
@@ -211,6 +258,9 @@ def test_reports_are_listed_and_opened(live, page):
     page.get_by_role("link", name="Reports").click()
     page.get_by_role("link", name="one").click()
     page.get_by_role("heading", name="What was measured").wait_for()
+    page.go_back()
+    page.get_by_role("link", name="lr=1% #2?").click()
+    page.get_by_role("heading", name="Another rate").wait_for()
     assert page.request.get(f"{live[0]}runs/../pyproject.toml").status == 404
 
 

@@ -8,8 +8,8 @@ from conftest import make_hooked, n_hooks
 
 from concept_unlearn.data.encode import pad
 from concept_unlearn.errors import NotExact, PatchNotReached
-from concept_unlearn.lm import LM
-from concept_unlearn.lm.forward import forward
+from concept_unlearn.lm import LM, Site
+from concept_unlearn.lm.forward import forward, run_until_stopped
 
 PREFIX = (40, 41, 42)
 ROWS = [[7, 8, 9, 10, 11], [12, 13, 14], [20, 21, 22, 23]]
@@ -124,3 +124,13 @@ def test_what_cannot_be_prefixed_says_so(lm, tmp_path):
     hooked = LM(make_hooked(tmp_path))
     with pytest.raises(NotExact, match="given: HookedTransformer"), hooked.insert(PREFIX, longer):
         pass
+
+
+@torch.no_grad()
+def test_a_pass_that_was_cut_short_is_not_undone_in_the_next(lm):
+    site = Site.parse("blocks.1.hook_resid_post")
+    before = alone(lm, ROWS[1])
+    with lm.insert(PREFIX, longer):
+        with lm.stop_at(site):
+            run_until_stopped(lm.model, torch.tensor([ROWS[0]]), torch.ones(1, 5, dtype=torch.bool))
+        assert torch.equal(alone(lm, ROWS[1]), before)

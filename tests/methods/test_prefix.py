@@ -79,6 +79,13 @@ def test_halving_spends_no_more_than_the_budget_and_the_client_counts(planted, s
     assert Prefix(**QUICK)(planted.lm, scope).queries <= 400
 
 
+@pytest.mark.parametrize("few", [{"in_easy": 1}, {"out_near": 0, "out_far": 1}], ids=["forget", "keep"])
+def test_where_one_kind_of_prompt_is_used_up_the_other_decides(planted, scope, few):
+    short = replace(scope, **{name: getattr(scope, name)[:n] for name, n in few.items()})
+    method = Prefix(**QUICK | {"gate": "always", "batch_size": 1, "budget": 10**6})
+    assert method(planted.lm, short).text in TEXTS
+
+
 def test_prompts_that_are_not_of_the_concept_are_bit_identical(planted, scope):
     patch = Prefix(**QUICK)(planted.lm, scope)
     for pool, meant in ((CONCEPT, True), (NEAR, False), (FAR, False)):

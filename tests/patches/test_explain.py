@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import CONCEPT, FAR, PLANTED, make_perfect_sae, n_hooks, words
 from rich.console import Console
 
-from concept_unlearn.dictionaries import load_dictionary
+from concept_unlearn.dictionaries import direction, load_dictionary
 from concept_unlearn.edits import Clamp
 from concept_unlearn.errors import InvalidConfig
-from concept_unlearn.gates import SequenceGate, TokenGate
-from concept_unlearn.patches import CodebookPatch, Explanation, FeaturePatch, Stack, WeightPatch, explain
+from concept_unlearn.gates import ProbeGate, SequenceGate, TokenGate
+from concept_unlearn.lm.oracle import EMBEDDING
+from concept_unlearn.patches import CodebookPatch, Explanation, FeaturePatch, PrefixPatch, Stack, WeightPatch, explain
 from concept_unlearn.weights.delta import Dense
 
 PROMPT = words(8, CONCEPT[0], 9, CONCEPT[1])
@@ -164,3 +166,18 @@ def test_nothing_is_said_to_fire_on_a_sink(planted, patch):
     sae.max_norm = 1e-6
     found = explain(FeaturePatch(dictionary=sae, features=PLANTED, edit=patch.edit), planted.lm, PROMPT, chat=False)
     assert not any(m.fired or m.moved for m in found.moments)
+
+
+def test_gates_of_a_stack_say_whose_they_are(planted, patch):
+    gated = replace(patch, gate=TokenGate(above=0.5))
+    prefix = PrefixPatch(text="w9", ids=(9,), gate=ProbeGate(above=-1.0), sensor=_nothing(planted.lm))
+    shut = replace(prefix, gate=ProbeGate(above=1.0))
+    found = explain(Stack((patch, Stack((gated, gated.at(0.0), gated)))), planted.lm, PROMPT, chat=False)
+    assert [(g.kind, g.part) for g in found.gates] == [("token", 1), ("token", 3)]
+    for one, opened in ((prefix, 4), (shut, 0)):
+        (gate,) = explain(one, planted.lm, PROMPT, chat=False).gates
+        assert (gate.kind, gate.part, gate.opened, gate.statistic) == ("probe", 0, opened, 0.0)
+
+
+def _nothing(lm):
+    return direction(EMBEDDING, torch.zeros(lm.d_model), torch.zeros(lm.d_model))

@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import PLANTED, make_perfect_sae
 
-from concept_unlearn.dictionaries import as_dictionary, load_dictionary
+from concept_unlearn.dictionaries import as_dictionary, direction, load_dictionary
 from concept_unlearn.edits import Clamp, DenseClamp, Mean, Refuse, Relative, Shift
 from concept_unlearn.gates import Always, ProbeGate, SequenceGate, StreamingGate, TokenGate
-from concept_unlearn.patches import CodebookPatch, FeaturePatch, Stack, WeightPatch
-from concept_unlearn.ui.knobs import Knobs, in_words, strength_span, threshold_span
+from concept_unlearn.lm.oracle import EMBEDDING
+from concept_unlearn.patches import CodebookPatch, FeaturePatch, PrefixPatch, Stack, WeightPatch
+from concept_unlearn.ui.knobs import Knobs, gate_of, in_words, strength_span, threshold_span
 from concept_unlearn.ui.muted import features_of, without
 from concept_unlearn.weights.delta import Dense
 
@@ -115,3 +116,20 @@ def test_the_planted_features_can_be_told_apart_by_their_site(planted):
         dictionary=[load_dictionary(planted.first), load_dictionary(planted.second)], features=[PLANTED, PLANTED]
     )
     assert len(set(features_of(patch))) == 4
+
+
+def test_a_prefix_that_is_gated_has_a_threshold_to_turn(lm):
+    sensor = direction(EMBEDDING, torch.ones(lm.d_model), torch.zeros(lm.d_model))
+    prefix = PrefixPatch(text="w9", ids=(9,), gate=ProbeGate(above=0.3), sensor=sensor)
+    assert threshold_span(gate_of(prefix)) is not None
+    assert Knobs(strength=1.0, above={0: 0.7}).turned(prefix).gate == ProbeGate(above=0.7)
+    always = PrefixPatch(text="w9", ids=(9,), gate="always")
+    assert always.spec()["gate"] == {"kind": "always"}
+    assert "every text" in in_words(always)
+
+
+def test_parts_that_are_left_keep_their_numbers():
+    stack = Stack((made([0, 1]), Stack((made([2]), made([1])))))
+    off = frozenset({(SITE, 0), (SITE, 1)})
+    assert Knobs(strength=1.0, off=off).left(stack) == (1,)
+    assert Knobs(strength=1.0).left(stack) == (0, 1, 2)

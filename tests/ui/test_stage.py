@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import closing
 
 import pytest
 from conftest import CONCEPT, FAR, PLANTED, n_hooks, words
@@ -10,6 +11,7 @@ from conftest import CONCEPT, FAR, PLANTED, n_hooks, words
 from concept_unlearn.dictionaries import load_dictionary
 from concept_unlearn.edits import Clamp
 from concept_unlearn.errors import InvalidConfig
+from concept_unlearn.features import inspect_features
 from concept_unlearn.gates import TokenGate
 from concept_unlearn.lm.fingerprint import fingerprint
 from concept_unlearn.patches import FeaturePatch
@@ -117,6 +119,13 @@ def test_a_question_that_fails_says_why_and_the_next_is_served(patch, stage):
     assert served(stage, Question(ASKED, patch, max_new_tokens=3)).error is None
 
 
+def test_whatever_fails_is_told(planted, patch, stage, monkeypatch):
+    monkeypatch.setattr(planted.lm.tokenizer, "chat_template", "{{ raise_exception('no such talk') }}")
+    refused = served(stage, Question(ASKED, patch, max_new_tokens=3))
+    assert "no such talk" in refused.error
+    assert (refused.original.state, refused.patched.state) == ("failed", "failed")
+
+
 def test_a_talk_goes_on_from_what_each_side_said(planted, patch, stage):
     history = (ASKED, "w20 w21")
     question = served(stage, Question("w22", patch, max_new_tokens=6, original=Reply(history)))
@@ -134,6 +143,17 @@ def test_closing_stops_what_is_under_way(planted, patch):
         stage.close()
     assert question.finished
     assert question.patched.state == "stopped"
+
+
+def test_an_inspection_says_better_what_features_are_about(planted, patch):
+    dictionary, feature = load_dictionary(planted.first), PLANTED[0]
+    seen = inspect_features(planted.lm, dictionary, planted.scope, [feature])
+    for inspection, about in (
+        (seen, seen.features[0].strongest[:4]),
+        (seen.labelled({feature: "suns"}, "me"), ("suns",)),
+    ):
+        with closing(Stage(planted.lm, {"planted": patch}, [inspection])) as stage:
+            assert stage.words["planted"][str(dictionary.site), feature] == about
 
 
 def test_words_of_features_are_what_they_raise(planted, patch, stage):
@@ -160,3 +180,11 @@ def test_a_patch_that_cannot_be_loaded_is_named(planted, patch, workplace, tmp_p
 def test_patches_of_one_name_are_told_apart(planted, patch, tmp_path):
     folders = [patch.save(tmp_path / run / "patch", planted.lm) for run in ("one", "two")]
     assert list(load_patches(folders, planted.lm)) == ["patch", str(folders[1])]
+
+
+def test_a_name_that_is_another_ones_folder_takes_no_patch_away(planted, patch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("one/patch", "patch"):
+        patch.save(tmp_path / folder, planted.lm)
+    assert list(load_patches(["one/patch", "patch"], planted.lm)) == ["patch", str(tmp_path / "patch")]
+    assert list(load_patches(["patch"] * 4, planted.lm)) == ["patch", str(tmp_path / "patch")]

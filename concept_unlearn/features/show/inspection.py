@@ -81,6 +81,12 @@ class Shown(Frozen):
     def fires(self) -> bool:
         return self.forget.rate.fired + self.retain.rate.fired > 0
 
+    @property
+    def strongest(self) -> tuple[str, ...]:
+        """The tokens on which it fires most, where it can on what is to be forgotten."""
+        contexts = self.forget.contexts or self.retain.contexts
+        return tuple(dict.fromkeys(context.tokens[context.peak].strip() for context in contexts))
+
 
 class Inspection(Frozen):
     """What chosen features of one dictionary are about, on one scope."""

@@ -37,6 +37,10 @@ class Endpoint:
 @contextmanager
 def serving(endpoint):
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            endpoint.keys.append(self.headers.get("Authorization"))
+            self.send_error(405)
+
         def do_POST(self):
             endpoint.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             endpoint.keys.append(self.headers.get("Authorization"))
@@ -188,6 +192,15 @@ def test_the_key_is_sent_and_kept_nowhere(seen, ask, tmp_path, monkeypatch):
     monkeypatch.delenv("OWN_KEY")
     with pytest.raises(InvalidConfig, match=r"should be in \$OWN_KEY"):
         ask(endpoint, seen, key_env="OWN_KEY")
+
+
+def test_nobody_is_sent_elsewhere_with_the_key(seen, ask, monkeypatch):
+    monkeypatch.setenv("A_KEY", "secret")
+    with serving(other := Endpoint("a label")) as url:
+        moved = Endpoint((302, ""), headers={"Location": url.replace("127.0.0.1", "localhost")})
+        with pytest.raises(EndpointFailed, match=r"refused \(302"):
+            ask(moved, seen, key_env="A_KEY", tries=1)
+    assert (moved.keys, other.keys) == (["Bearer secret"], [])
 
 
 def test_a_feature_that_never_fires_is_not_asked_about(planted, ask):
