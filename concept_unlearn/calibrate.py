@@ -133,7 +133,11 @@ class RetainedUtility:
         )  # fmt: skip
         self._base = self._measured(None, Perplexity(on="general"), *self._written)
         if not self._base["kept/generated_accuracy"].value:
-            raise EmptyData("the base model answers no retained probe correctly: there is nothing to keep")
+            name = "out_near" if scope.out_near else "out_far"
+            raise EmptyData(
+                f"the base model answers no retained probe correctly, of {len(kept)} in {name} of scope "
+                f"{scope.name!r}: there is nothing to keep; add some that it answers"
+            )
         self._least_fluent = self._fluent(self._base) - max_gibberish
 
     def __call__(self, patch: Patch) -> float:

@@ -170,7 +170,8 @@ class ProbeGate(_PromptGate):
     pool: Literal["soft", "mean", "max"] = "soft"
     window: int | None = Field(None, gt=0)
     """So many neighbouring tokens are pooled at a time and the highest of these decides, whatever stands around them;
-    none: the whole prompt is pooled at once. The maximum is the same either way."""
+    none: the whole prompt is pooled at once. The maximum is the same either way. Of a prompt in pieces what was
+    read so far is pooled, so a gate may open on its beginning, and never shuts again."""
 
     def __call__(self, signal: Signal, memory: Memory) -> Tensor:
         level = self._level(signal, signal.tokens & signal.prompt, memory)

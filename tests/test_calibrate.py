@@ -137,7 +137,7 @@ def test_nothing_to_keep_is_said(lm):
     wrong = Scope.of(
         "t", forget=[words(40)], retain=[words(7, 8)], out_near=[{"prompt": words(7), "answers": "never"}], out_far=[]
     )
-    with pytest.raises(EmptyData, match="answers no retained probe"):
+    with pytest.raises(EmptyData, match="answers no retained probe correctly, of 1 in out_near of scope 't'"):
         RetainedUtility(lm, wrong)
 
 

@@ -13,7 +13,7 @@ from test_run import config
 from typer.testing import CliRunner
 
 from concept_unlearn.cli import app, main
-from concept_unlearn.cli.unlearning import fit
+from concept_unlearn.cli.unlearning import fit, unlearn
 from concept_unlearn.errors import InvalidConfig, PatchMismatch, UnknownName
 from concept_unlearn.lm import LM
 from concept_unlearn.methods import Method, preset
@@ -83,8 +83,8 @@ def test_fit_takes_a_file_or_any_kind_of_method(workplace, tmp_path):
         shell("fit", method, *common, "--set", setting)
         made = json.loads((tmp_path / "patch" / "config.json").read_text())["made"]
         assert (made["method"]["kind"], made["data_kinds"]) == (method, ["text"])
-    with pytest.raises(UnknownName, match="no method named 'neger'"):
-        fit("neger", output=tmp_path / "other", scope=str(workplace / "scope"))
+    with pytest.raises(UnknownName, match="no method named 'npoo'.* Did you mean 'npo'"):
+        fit("npoo", output=tmp_path / "other", scope=str(workplace / "scope"))
 
 
 def test_fit_touches_nothing_that_is_not_its_own(workplace, tmp_path):
@@ -97,6 +97,8 @@ def test_fit_touches_nothing_that_is_not_its_own(workplace, tmp_path):
             fit("npo", output=tmp_path / folder, scope=str(workplace / "scope"))
     with pytest.raises(InvalidConfig, match="holds something else"):
         fit("npo", output=workplace / "model", scope=str(workplace / "scope"))
+    with pytest.raises(InvalidConfig, match="holds something else"):
+        unlearn(str(workplace / "scope"), workplace / "model", ["none"])
     assert (tmp_path / "mine" / "work" / "thesis.txt").read_text() == "mine"
     with pytest.raises(InvalidConfig, match="no config file"):
         fit(str(tmp_path / "none.yaml"), output=tmp_path / "new", scope=str(workplace / "scope"))

@@ -39,7 +39,12 @@ Dictionary = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override one key, e.g. method.n=20 or training.lr=1e-4. Repeatable.")
 ]
-Spec = Annotated[str, typer.Option(help="A component by name or as YAML, e.g. 'clamp' or '{kind: clamp, to: -50}'.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one setting, e.g. lr=1e-4 or max_steps=20. Repeatable.")
+]
+ScoreSpec = Annotated[
+    str, typer.Option(help="By name or as YAML, e.g. 'fisher' or '{kind: selectivity, min_ratio: 2}'.")
+]
 
 
 def _hush(as_json: bool) -> bool:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InvalidConfig
-from .app import AsJson, Dictionary, Model, ScopeName, Spec, app, bars, parsed, present, quiet, say
+from .app import AsJson, Dictionary, Model, ScopeName, ScoreSpec, app, bars, parsed, present, quiet, say
 
 if TYPE_CHECKING:
     from ..features import Inspection
@@ -22,7 +22,7 @@ def rank(
     scope: ScopeName,
     dictionary: Dictionary,
     model: Model = "smollm2",
-    score: Spec = "selectivity",
+    score: ScoreSpec = "selectivity",
     n: Annotated[int, typer.Option(help="How many to show.")] = 20,
     as_json: AsJson = False,
 ) -> None:
@@ -73,7 +73,7 @@ def inspect(
     choice: Annotated[
         Path | None, typer.Option(help="A choice.yaml that the page saved: begin with it, and show what it names.")
     ] = None,
-    score: Spec = "selectivity",
+    score: ScoreSpec = "selectivity",
     n: Annotated[int, typer.Option(help="How many features to show, where they are chosen by score.")] = 50,
     contexts: Annotated[int, typer.Option(help="Passages to show of each side.")] = 8,
     effects: Annotated[

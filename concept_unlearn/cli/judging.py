@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InvalidConfig
-from .app import AsJson, Model, Overrides, app, bars, parsed, present, quiet, say
+from .app import AsJson, Model, Settings, app, bars, parsed, present, quiet, say
 
 if TYPE_CHECKING:
     from ..compare import Unlearned
@@ -149,7 +149,7 @@ def teach(
     without_forget: Annotated[
         bool, typer.Option("--without-forget", help="The reference that never saw it, by the same recipe.")
     ] = False,
-    set_: Overrides = None,
+    set_: Settings = None,
 ) -> None:
     """Teach a model a scope, or all of it but what is to be forgotten, and write a checkpoint.
 

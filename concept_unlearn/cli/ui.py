@@ -16,7 +16,7 @@ def ui(
     model: Model = "smollm2",
     inspection: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder that inspect made of a patch's dictionary: it names features. Repeatable."),
+        typer.Option(help="Folder that inspect made of the same dictionary: it names features."),
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of runs whose reports are listed.")] = Path("runs"),
     port: Annotated[int, typer.Option(help="0 takes any that is free.")] = 8080,

@@ -8,8 +8,22 @@ from typing import Annotated
 
 import typer
 
-from ..errors import InvalidConfig
-from .app import AsJson, Model, Overrides, ScopeName, Spec, app, bars, console, parsed, quiet, say, write_json
+from ..errors import InvalidConfig, UnknownName
+from .app import (
+    AsJson,
+    Model,
+    Overrides,
+    ScopeName,
+    ScoreSpec,
+    Settings,
+    app,
+    bars,
+    console,
+    parsed,
+    quiet,
+    say,
+    write_json,
+)
 
 _BEGUN = "begun"
 """A file in a folder of work, by which it is known to be ours."""
@@ -23,8 +37,8 @@ def run(
 ) -> None:
     """Unlearn a concept as a config says, compare, and write a report.
 
-    A run that was stopped goes on where it was when it is started again. A method that cannot be made is listed, the
-    others go on, and the exit status is 1.
+    A run that was stopped goes on where it was when it is started again.
+    A method that cannot be made is listed, the others go on; exit status 1.
     """
     from ..report import Overview
     from ..run import execute, load_run
@@ -55,13 +69,17 @@ def unlearn(
     output: Annotated[Path, typer.Option(help="Folder for the patch.")],
     dictionary: Annotated[list[str], typer.Option(help="One or several, each edits its own site.")],
     model: Model = "smollm2",
-    score: Spec = "selectivity",
+    score: ScoreSpec = "selectivity",
     n: Annotated[int, typer.Option(help="Features of each dictionary.")] = 10,
     choice: Annotated[
         list[Path] | None, typer.Option(help="A choice.yaml that the inspect verb's page saved; one a dictionary.")
     ] = None,
-    edit: Spec = "{kind: clamp, to: {of_norm: -1.0}}",
-    gate: Spec = "always",
+    edit: Annotated[
+        str, typer.Option(help="By name or as YAML, e.g. 'zero' or '{kind: clamp, to: -50}'.")
+    ] = "{kind: clamp, to: {of_norm: -1.0}}",
+    gate: Annotated[
+        str, typer.Option(help="By name or as YAML, e.g. 'probe' or '{kind: sequence, alpha: 0.05}'.")
+    ] = "always",
     keep: Annotated[float, typer.Option(help="Share of neighbouring accuracy that must stay.")] = 0.98,
     max_perplexity: Annotated[float, typer.Option(help="How much general perplexity may grow, as a factor.")] = 1.01,
     max_gibberish: Annotated[float, typer.Option(help="How many more replies in scope may be gibberish.")] = 0.05,
@@ -69,7 +87,7 @@ def unlearn(
 ) -> None:
     """Make a calibrated patch from features of a dictionary and save it.
 
-    It is made from one half of the scope, so that ``evaluate`` can report on the other.
+    It is made from one half of the scope, so that evaluate can report on the other.
     """
     from ..calibrate import calibrate
     from ..data.scope import Scope
@@ -77,6 +95,7 @@ def unlearn(
     from ..lm import LM
     from ..methods import Suppress
 
+    _check_is_free(output)
     with quiet(), bars() as track:
         lm, tune = LM.load(model), Scope.load(scope).halves().tune
         method = Suppress.parse(
@@ -102,7 +121,7 @@ def fit(
     scope: ScopeName,
     output: Annotated[Path, typer.Option(help="Folder for the patch, and for checkpoints while it is made.")],
     model: Model = "smollm2",
-    set_: Overrides = None,
+    set_: Settings = None,
     whole: Annotated[
         bool,
         typer.Option("--whole", help="Use all retained text and probes; half of them are left for evaluate otherwise."),
@@ -119,8 +138,11 @@ def fit(
     from ..lm import LM
     from ..methods import PRESETS, Finetune, Method, Study
 
+    is_file = method.endswith((".yaml", ".yml"))
+    if not is_file and method not in {*PRESETS, *Method.members}:
+        raise UnknownName("method", method, {*PRESETS, *Method.members})
     named = {"preset": method} if method in PRESETS else {"kind": method}
-    spec = read_mapping(Path(method)) if method.endswith((".yaml", ".yml")) else named
+    spec = read_mapping(Path(method)) if is_file else named
     for line in set_ or []:
         override(spec, line)
     made = Method.parse(spec)

@@ -14,6 +14,7 @@ A passage is ``{"text", "prompt"?, "attributes"?}``, a probe ``{"prompt", "answe
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -29,6 +30,7 @@ T = TypeVar("T", Passage, Probe)
 
 CONCEPTS = Path(__file__).parent / "concepts"
 _SHARED = "_shared"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 PASSAGES = ("forget", "near", "retain")
 IN_SCOPE = ("in_easy", "in_hard")
@@ -88,7 +90,7 @@ class Scope:
             return cls._from_folder(path, path.name)
         if path.is_file():
             return cls.of(path.stem, forget=_read(path, to_passage))
-        if str(source).count("/") == 1 and not path.exists():
+        if _HUB_ID.fullmatch(str(source)) and not path.exists():
             return cls._from_hub(str(source))
         raise UnknownName("concept", str(source), concepts(), "A scope may also be a folder or a .jsonl file.")
 
@@ -167,7 +169,7 @@ class Scope:
         try:
             loaded = load_dataset(dataset)
         except Exception as error:  # the Hub client raises many kinds; each becomes one of ours
-            raise InvalidData(f"no dataset {dataset!r} on the Hub or in its cache: {error}") from error
+            raise InvalidData(f"no folder {dataset!r}, nor a dataset on the Hub or in its cache: {error}") from error
         splits: Mapping[str, Any] = loaded if isinstance(loaded, DatasetDict) else {"forget": loaded}
         known = {name: rows for name, rows in splits.items() if name in (*PASSAGES, *PROBES)}
         return cls.of(dataset, **(known or {"forget": next(iter(splits.values()))}))
@@ -198,10 +200,14 @@ def _deal(examples: tuple[T, ...]) -> tuple[tuple[T, ...], tuple[T, ...]]:
 
 def _check_disjoint(scope: Scope) -> None:
     """No prompt may be both in and out of scope; a passage both to forget and to keep is worth a warning."""
-    inside = {normalise(p.prompt): p.prompt for name in IN_SCOPE for p in getattr(scope, name)}
-    outside = {normalise(p.prompt) for name in OUT_OF_SCOPE for p in getattr(scope, name)}
-    if both := sorted(inside.keys() & outside):
-        raise InvalidData(f"scope {scope.name!r}: {inside[both[0]]!r} is asked both in and out of scope")
+    inside = {normalise(p.prompt): (p.prompt, name) for name in IN_SCOPE for p in getattr(scope, name)}
+    outside = {normalise(p.prompt): name for name in OUT_OF_SCOPE for p in getattr(scope, name)}
+    if both := sorted(inside.keys() & outside.keys()):
+        (prompt, asked), kept = inside[both[0]], outside[both[0]]
+        built_in = " (built in for a scope without its own)" if kept == "out_far" else ""
+        raise InvalidData(
+            f"scope {scope.name!r}: {prompt!r} is asked both in and out of scope, by {asked} and by {kept}{built_in}"
+        )
     keep = {_content(p) for p in (*scope.near, *scope.retain)}
     if shared := [p for p in scope.forget if _content(p) in keep]:
         warnings.warn(

@@ -76,7 +76,7 @@ def _from_release(text: str, site: str | Site | None, device: str) -> SAEDiction
     if release in releases:
         if sae_id not in releases[release].saes_map:
             raise UnknownName(f"SAE in release {release}", sae_id, releases[release].saes_map)
-    elif text.count("/") >= 1 and " " not in text:
+    elif text.count("/") >= 1 and " " not in text and release not in {name.split("/")[0] for name in shipped()}:
         user, repo, *inside = text.split("/")
         release, sae_id = f"{user}/{repo}", "/".join(inside)
     else:

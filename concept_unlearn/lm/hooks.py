@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import NotExact, PatchNotReached
 from .context import Context, Follower, find_embedding
 from .locate import Place, is_hooked, locate, root
+from .own import insertions, own
 from .site import Site
 
 EditFn = Callable[[Float[Tensor, "batch seq d"], Context], Float[Tensor, "batch seq d"]]
@@ -121,12 +122,13 @@ def _say(
 
 @contextmanager
 def reading(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Float[Tensor, "batch seq d"]]]:
-    """The last activation seen at each site, with its gradient history."""
+    """The last activation seen at each site, of the tokens that were given, with its gradient history."""
     seen: dict[Site, Tensor] = {}
+    at_work = insertions(root(model))
 
     def keep(site: Site) -> Callable[[Tensor], Tensor]:
         def fn(x: Tensor) -> Tensor:
-            seen[site] = x
+            seen[site] = own(x, at_work)
             return x
 
         return fn

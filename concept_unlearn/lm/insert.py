@@ -5,30 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from ..errors import NotExact, PatchNotReached
+from ..errors import InvalidData, NotExact, PatchNotReached
 from .context import Context, Follower
 from .forward import new_cache
 from .locate import is_hooked, root
+from .own import Inserted, insertions
 
 ChosenFn = Callable[[Int[Tensor, "batch seq"], Context], Bool[Tensor, " batch"]]
 """Of a pass that begins sequences, which of them are prefixed."""
-
-
-class _Inserted(NamedTuple):
-    """What was done to a pass, to be undone in what it says."""
-
-    at: Int[Tensor, " batch"]
-    width: int
-    length: int
-    """Of the pass without what was put into it."""
-    kept: int
-    """Last positions whose logits were asked for."""
 
 
 @contextmanager
@@ -37,16 +27,19 @@ def inserting(
 ) -> Iterator[None]:
     """In passes inside the block ``tokens`` stand before the first token of the text of each chosen sequence.
 
-    Its logits are those of its own tokens. It is prefixed where it begins, and its cache holds the prefix from then
-    on. Sequences of a batch in which none is chosen pass untouched. Raises NotExact for an encoder-decoder and a
-    HookedTransformer, PatchNotReached for a prompt that comes as embeddings.
+    Its logits, and activations that are read, are those of its own tokens. It is prefixed where it begins, and its
+    cache holds the prefix from then on. Sequences of a batch in which none is chosen pass untouched.
+    Raises NotExact for an encoder-decoder or HookedTransformer, PatchNotReached for a prompt that comes as embeddings.
     """
     base: Any = root(model)
     base = getattr(base, "_orig_mod", base)
     if is_hooked(base) or bool(getattr(base.config, "is_encoder_decoder", False)):
         raise NotExact(f"tokens are put before prompts of Hugging Face decoders; given: {type(base).__name__}")
     insertion = _Insertion(base, tokens, chosen, Follower(bos_id, chat_head))
+    at_work = insertions(base)
     with ExitStack() as stack:
+        at_work.append(insertion)
+        stack.callback(at_work.remove, insertion)
         stack.callback(insertion.follower.close)
         stack.callback(base.register_forward_pre_hook(insertion.before, with_kwargs=True, prepend=True).remove)
         stack.callback(base.register_forward_hook(insertion.after, with_kwargs=True).remove)
@@ -59,14 +52,14 @@ class _Insertion:
     def __init__(self, model: Any, tokens: Sequence[int], chosen: ChosenFn, follower: Follower) -> None:
         self.model, self.tokens, self.chosen, self.follower = model, list(tokens), chosen, follower
         self._has_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self._undo: _Inserted | None = None
+        self.inserted: Inserted | None = None
         self._asking = False
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._asking:  # whoever chooses may run the model himself
             return None
-        self._undo = None  # of a pass that was cut short
+        self.inserted = None
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             raise PatchNotReached("a prefix is put before tokens, and this prompt came as embeddings: give input_ids")
@@ -108,10 +101,13 @@ class _Insertion:
         prefix = torch.tensor(self.tokens, device=ids.device)[offset.clamp(0, width - 1)]
         new = torch.where(inside, prefix, ids.gather(1, source))
         seen = torch.where(inside, chosen[:, None], context.real.gather(1, source))
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and (longest := int(seen.sum(1).max())) > limit:
+            raise InvalidData(f"with its prefix a prompt has {longest} tokens, and the model reads {limit}")
         self.follower.memory.rows["prefixed"] = seen
         if keep:
             kwargs["logits_to_keep"] = keep + width
-        self._undo = _Inserted(at, width, ids.shape[1], keep or ids.shape[1])
+        self.inserted = Inserted(at, width, ids.shape[1])
         return new, seen
 
     def _continued(self, ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
@@ -124,18 +120,9 @@ class _Insertion:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after(self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> Any:
-        undo = self._undo
-        if self._asking or undo is None:
+        if self._asking or self.inserted is None:
             return None
-        self._undo = None
         if not hasattr(output, "logits"):
             raise PatchNotReached("what a prefixed prompt says is read from an output with logits: leave return_dict")
-        output.logits = _own(output.logits, undo)
+        output.logits = self.inserted.left_out(output.logits)
         return output
-
-
-def _own(logits: Float[Tensor, "batch more vocab"], undo: _Inserted) -> Float[Tensor, "batch kept vocab"]:
-    """Those of the prompt's own last positions; ``logits`` are of the last ones of all."""
-    own = torch.arange(undo.length - undo.kept, undo.length, device=logits.device)
-    place = own + undo.width * (own >= undo.at[:, None]) - (undo.length + undo.width - logits.shape[1])
-    return logits.gather(1, place[..., None].expand(-1, -1, logits.shape[2]))

@@ -68,11 +68,14 @@ class SplitMerge(Method):
         if odd := sorted(self.weights.keys() - parts.keys()):
             raise UnknownName("part", odd[0], parts)
         self._claim(study, parts)
-        made = [self._part(study, name, passages) for name, passages in parts.items()]
+        made: list[Merged] = []
+        for name, passages in parts.items():
+            made.append(self._part(study, name, passages))
+            if not isinstance(made[-1], WeightPatch):  # before the other parts take their time
+                self._check_plain(made[-1])
         weights = [p for p in made if isinstance(p, WeightPatch)]
         if len(weights) == len(made):
             return self._merged(weights, tuple(parts))
-        self._check_plain(made[0])
         return self._gated(study, _united(made))
 
     def _merged(self, made: Sequence[WeightPatch], names: Sequence[str]) -> WeightPatch:

@@ -17,6 +17,8 @@ from ..dictionaries import Slice
 from ..gates import Always, Gate, Signal
 from ..lm import LM, Context, EditFn, Site
 from ..lm.context import Memory
+from ..lm.locate import root
+from ..lm.own import Insertion, insertions, own
 from .activation import ActivationPatch
 from .base import Patch, Stack, Switch
 from .codebook import CodebookPatch, CodeSlice
@@ -51,8 +53,9 @@ class Watch:
     def __init__(self, patch: Patch, lm: LM) -> None:
         self._lm, self._reads = lm, _reads(patch)
         self._sites = sorted({site for part in parts(patch) for site in _sites(part, lm)})
-        self._watched, self.heard = _watched(patch, count())
-        self.seen, self.edited = Seen(), Seen()
+        at_work = insertions(root(lm.model))
+        self._watched, self.heard = _watched(patch, count(), at_work)
+        self.seen, self.edited = Seen(at_work), Seen(at_work)
 
     @contextmanager
     def on(self, *, patched: bool = True) -> Iterator[Watch]:
@@ -100,16 +103,17 @@ class Watch:
 class Heard:
     """What one gate was asked in the first pass, and what it said."""
 
-    def __init__(self, gate: Gate, part: int) -> None:
-        self.gate, self.part = gate, part
+    def __init__(self, gate: Gate, part: int, at_work: list[Insertion]) -> None:
+        self.gate, self.part, self._at_work = gate, part, at_work
         self.signal: Signal | None = None
         self.open: Bool[Tensor, " seq"] | None = None
 
     def hear(self, signal: Signal, decision: Bool[Tensor, "batch seq"]) -> None:
-        if self.open is not None and decision.shape[1] != len(self.open):
+        found = decision & signal.tokens if self.gate.per_token else decision
+        now = own(found[..., None], self._at_work)[0, :, 0].cpu()
+        if self.open is not None and len(now) != len(self.open):
             return  # the model's answer, token by token
         self.signal = self.signal or signal
-        now = decision[0].cpu() & signal.tokens[0].cpu() if self.gate.per_token else decision[0].cpu()
         self.open = now if self.open is None else self.open | now
 
     def reading(self) -> GateReading:
@@ -124,9 +128,10 @@ class Heard:
 
 
 class Seen:
-    """Activations of a pass, as they were at one moment."""
+    """Activations of a pass at the tokens that were given, as they were at one moment."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_work: list[Insertion]) -> None:
+        self._at_work = at_work
         self.x: dict[Site, Float[Tensor, "seq d"]] = {}
 
     def at(self, sites: Sequence[Site]) -> dict[Site, EditFn]:
@@ -134,7 +139,7 @@ class Seen:
 
     def _keep(self, site: Site) -> EditFn:
         def keep(x: Tensor, _: Context) -> Tensor:
-            self.x[site] = x[0].float().clone()
+            self.x[site] = own(x, self._at_work)[0].float().clone()
             return x
 
         return keep
@@ -170,15 +175,15 @@ def parts(patch: Patch) -> Iterator[Patch]:
         yield patch
 
 
-def _watched(patch: Patch, numbers: Iterator[int]) -> tuple[Patch, list[Heard]]:
+def _watched(patch: Patch, numbers: Iterator[int], at_work: list[Insertion]) -> tuple[Patch, list[Heard]]:
     """The same patch, with gates that are heard. An edit without a gate has nothing to hear."""
     if isinstance(patch, Stack):
-        pairs = [_watched(inner, numbers) for inner in patch.patches]
+        pairs = [_watched(inner, numbers, at_work) for inner in patch.patches]
         return replace(patch, patches=tuple(p for p, _ in pairs)), [h for _, heard in pairs for h in heard]
     number = next(numbers)
     if not isinstance(patch, ActivationPatch | PrefixPatch) or isinstance(patch.gate, Always):
         return patch, []
-    heard = Heard(patch.gate, number)
+    heard = Heard(patch.gate, number, at_work)
     return replace(patch, gate=_WatchedGate(gate=patch.gate, heard=heard)), [heard]
 
 

@@ -136,4 +136,8 @@ def _text(x: float, y: float, text: str, anchor: str, *, quiet: bool = False, bo
 
 
 def _tick(axis: Axis, value: float) -> str:
-    return words.shown("percent" if axis.kind == "percent" else "number", value)
+    if axis.kind == "percent":
+        return words.shown("percent", value)
+    step = axis.ticks[1] - axis.ticks[0]
+    digits = max(3, 1 + math.floor(math.log10(max(map(abs, axis.ticks)) / step)) + 1)
+    return f"{value:.{digits}g}"

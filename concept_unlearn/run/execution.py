@@ -3,7 +3,7 @@
 A run directory holds the resolved config, the patches, ``summary.json``, ``rows.jsonl``, ``report.html`` and
 the finished stages. A run that was stopped goes on with the stages that are missing, and gives what it would
 have given. A stage is known by everything that can change it. A method that cannot be made is listed with the
-reason, and the others go on.
+reason, and the others go on; a dictionary that cannot be loaded ends the run before anything is made.
 """
 
 from __future__ import annotations
@@ -137,10 +137,9 @@ class _Execution:
             dictionaries = {name for m in methods for name in m.reads[0]}
             for name in dictionaries:
                 study.dictionary(name)
-            with contextlib.suppress(
-                ConceptUnlearnError
-            ):  # each method then measures its own, and one of them says why
-                study.measure(dictionaries, sorted({site for m in methods for site in m.reads[1]}))
+            sites = sorted({site for m in methods for site in m.reads[1]})
+            with contextlib.suppress(ConceptUnlearnError):  # each then measures its own, and one of them says why
+                study.measure(dictionaries, sites)
         return study
 
     def _jobs(self) -> Iterator[tuple[str, Method, int | None]]:

@@ -137,6 +137,9 @@ def test_a_bad_line_is_named_with_its_file(tmp_path, part, line, says):
 def test_unknown_and_empty_sources_are_named(tmp_path):
     with pytest.raises(UnknownName, match=r"no concept named 'chest'; known: astronomy.*Did you mean 'chess'"):
         Scope.load("chest")
+    for path in ("my_concpt/", "../concpt", "/concpt"):  # none is a Hub id
+        with pytest.raises(UnknownName, match="no concept named '.*a folder or a .jsonl file"):
+            Scope.load(path)
     with pytest.raises(InvalidData, match=r"no forget\.jsonl"):
         Scope.load(tmp_path)
     with pytest.raises(EmptyData, match="nothing to unlearn"):
@@ -146,7 +149,7 @@ def test_unknown_and_empty_sources_are_named(tmp_path):
 
 
 def test_a_prompt_both_in_and_out_of_scope_is_an_error():
-    with pytest.raises(InvalidData, match="asked both in and out of scope"):
+    with pytest.raises(InvalidData, match=r"asked both in and out of scope, by in_easy and by out_far \(built in"):
         Scope.of(
             "x", forget=["a"], in_easy=[{"prompt": "Who?", "answers": "a"}], out_far=[{"prompt": "who", "answers": "b"}]
         )

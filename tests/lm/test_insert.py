@@ -7,7 +7,7 @@ import torch
 from conftest import make_hooked, n_hooks
 
 from concept_unlearn.data.encode import pad
-from concept_unlearn.errors import NotExact, PatchNotReached
+from concept_unlearn.errors import InvalidData, NotExact, PatchNotReached
 from concept_unlearn.lm import LM, Site
 from concept_unlearn.lm.forward import forward, run_until_stopped
 
@@ -134,3 +134,44 @@ def test_a_pass_that_was_cut_short_is_not_undone_in_the_next(lm):
         with lm.stop_at(site):
             run_until_stopped(lm.model, torch.tensor([ROWS[0]]), torch.ones(1, 5, dtype=torch.bool))
         assert torch.equal(alone(lm, ROWS[1]), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_activations_that_are_read_are_those_of_the_prompts_own_tokens(any_hf, side):
+    lm, site = any_hf, Site.parse("blocks.1.hook_resid_post")
+    ids, mask = pad(ROWS, side=side, device=lm.device)
+
+    def read(row):
+        return lm.activations(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.bool), site)[site][0]
+
+    wanted = [read(behind(row))[len(PREFIX) :] if flag else read(row) for row, flag in zip(ROWS, FLAGS, strict=True)]
+    with lm.insert(PREFIX, longer):
+        stopped = lm.activations(ids, mask, site)[site]
+        with lm.read(site) as seen:
+            forward(lm.model, ids, mask)
+    for found in (stopped, seen[site]):
+        for i, row in enumerate(wanted):
+            torch.testing.assert_close(found[i][mask[i]], row, rtol=1e-4, atol=1e-4)
+    assert lm.activations(ids, mask, site)[site].shape == stopped.shape
+
+
+@torch.no_grad()
+def test_of_two_prefixes_each_leaves_out_its_own(lm):
+    def every(ids, _):
+        return torch.ones(len(ids), dtype=torch.bool)
+
+    site, row, everything = Site.parse("blocks.1.hook_resid_post"), torch.tensor([ROWS[0]]), torch.ones(1, 10).bool()
+    whole = torch.tensor([[*PREFIX, 44, 45, *ROWS[0]]])
+    wanted = lm.logits(whole)[0, 5:], lm.activations(whole, everything, site)[site][0, 5:]
+    with lm.insert(PREFIX, every), lm.insert((44, 45), every):
+        found = lm.logits(row)[0], lm.activations(row, everything[:, :5], site)[site][0]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_that_no_longer_fits_behind_its_prefix_is_refused(any_hf):
+    fits = torch.full((1, 256 - len(PREFIX)), 7)
+    with any_hf.insert(PREFIX, longer):
+        any_hf.logits(fits)
+        with pytest.raises(InvalidData, match="with its prefix a prompt has 257 tokens, and the model reads 256"):
+            any_hf.logits(torch.cat([fits, fits[:, :1]], 1))

@@ -181,3 +181,14 @@ def test_gates_of_a_stack_say_whose_they_are(planted, patch):
 
 def _nothing(lm):
     return direction(EMBEDDING, torch.zeros(lm.d_model), torch.zeros(lm.d_model))
+
+
+def test_tokens_that_a_prefix_puts_before_a_prompt_are_not_among_those_told_of(planted, patch):
+    gated = replace(patch, gate=TokenGate(above=0.5))
+    prefix = PrefixPatch(text="w9 w10", ids=(9, 10), gate=ProbeGate(above=-1.0), sensor=_nothing(planted.lm))
+    alone = explain(gated, planted.lm, PROMPT, chat=False)
+    for stack in (Stack((prefix, gated)), Stack((gated, prefix))):
+        found = explain(stack, planted.lm, PROMPT, chat=False)
+        assert [m.fired for m in found.moments] == [m.fired for m in alone.moments]
+        assert [m.moved > 0 for m in found.moments] == [False, True, False, True]
+        assert {g.kind: g.opened for g in found.gates} == {"token": 2, "probe": 4}

@@ -21,7 +21,7 @@ def circles(drawing):
 
 
 @pytest.mark.parametrize(
-    "values", [(0, 1), (0.1, 0.9), (3, 3), (-40, 15), (0, 0), (1e-9, 2e-9), (-5, -5), (0.98, 1.01)]
+    "values", [(0, 1), (0.1, 0.9), (3, 3), (-40, 15), (0, 0), (1e-9, 2e-9), (-5, -5), (0.98, 1.01), (1, 1.008)]
 )
 def test_ticks_are_few_and_round_and_around_every_value(values):
     found = axis("x", "number", values).ticks
@@ -30,6 +30,8 @@ def test_ticks_are_few_and_round_and_around_every_value(values):
     steps = [b - a for a, b in pairwise(found)]
     assert steps == pytest.approx([steps[0]] * len(steps))
     assert f"{steps[0]:.0e}"[0] in "125"
+    shown = re.findall(r">([^<]*)</text>", Plane(axis("x", "number", values), axis("y", "number", (0, 1))).drawn("x"))
+    assert len(set(shown[: len(found)])) == len(found)
 
 
 def test_ticks_golden():

@@ -16,12 +16,13 @@ from torch.nn.functional import cross_entropy
 
 from ...data.encode import common_prefix, encode_question, encode_text, pad
 from ...data.examples import Passage, Probe
-from ...errors import Diverged, InvalidConfig, InvalidData
+from ...errors import Diverged, InvalidConfig, InvalidData, NotExact
 from ...lm import LM
 from ...lm.oracle import EMBEDDING
-from ...patches import Patch, PromptPatch, Stack
+from ...patches import Patch, PrefixPatch, PromptPatch, Stack
 from ...patches.base import Switch
 from ...patches.prompt_edits import Vectors
+from ...patches.watch import parts
 from ...training.sharded import is_sharded
 from ...training.trainable import flags_restored
 from ..view import Asked
@@ -54,7 +55,11 @@ class SoftPrompt(Attack):
     seed: int = 0
 
     def __call__(self, victim: Victim) -> Outcome:
-        """Raises EmptyData where nothing is left to ask, Diverged where the loss is no number."""
+        """Raises EmptyData where nothing is left to ask, Diverged where the loss is no number, NotExact for a patch
+        that puts text before prompts: the vectors would fall on that text.
+        """
+        if victim.patch is not None and any(isinstance(part, PrefixPatch) for part in parts(victim.patch)):
+            raise NotExact("a soft prompt and a text prefix would stand in the same place: this patch is a prefix")
         passages = Relearn(k=self.k, seed=self.seed).passages(victim.scope)
         leaks, sets, notes = held_out(victim, passages)
         asked = {name: replace(own, examples=tuple(map(self._asked, own.examples))) for name, own in sets.items()}

@@ -8,13 +8,13 @@ from conftest import D_MODEL
 from evaluation.attacks.scenes import patch_of, victim_of
 
 from concept_unlearn.data.examples import Passage
-from concept_unlearn.errors import Diverged, EmptyData, InvalidData
+from concept_unlearn.errors import Diverged, EmptyData, InvalidData, NotExact
 from concept_unlearn.evaluation.attacks import SoftPrompt
 from concept_unlearn.evaluation.attacks.base import Way
 from concept_unlearn.evaluation.attacks.soft_prompt import _loss
 from concept_unlearn.gates import Always
 from concept_unlearn.lm.oracle import EMBEDDING
-from concept_unlearn.patches import PromptPatch, Stack
+from concept_unlearn.patches import PrefixPatch, PromptPatch, Stack
 from concept_unlearn.patches.prompt_edits import Corruption, Vectors
 
 LEAK = "forget/answer_logprob"
@@ -94,6 +94,9 @@ def test_what_cannot_be_tried_is_said(lm, monkeypatch):
         attack(n=300)(victim_of(lm))
     with pytest.raises(InvalidData, match="within 3 tokens"):
         attack(max_tokens=3)(victim_of(lm))
+    prefix = PrefixPatch(text="w40 w41", ids=(40, 41))
+    with pytest.raises(NotExact, match="this patch is a prefix"):
+        attack()(victim_of(lm, Stack((patch_of("feature", lm), prefix))))
     monkeypatch.setattr(f"{SoftPrompt.__module__}._loss", lambda *_: torch.tensor(float("nan")))
     with pytest.raises(Diverged, match="nan at step 0: take a lower lr"):
         attack()(victim_of(lm))
