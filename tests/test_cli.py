@@ -23,7 +23,7 @@ from concept_unlearn.patches import load_patch
 def shell(*arguments, code=0):
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == code, result.output + repr(result.exception)
-    return result.output
+    return result.stdout
 
 
 def test_run_prints_what_a_newcomer_understands(workplace, tmp_path):
@@ -83,7 +83,7 @@ def test_fit_takes_a_file_or_any_kind_of_method(workplace, tmp_path):
         shell("fit", method, *common, "--set", setting)
         made = json.loads((tmp_path / "patch" / "config.json").read_text())["made"]
         assert (made["method"]["kind"], made["data_kinds"]) == (method, ["text"])
-    with pytest.raises(UnknownName, match="no method named 'npoo'.* Did you mean 'npo'"):
+    with pytest.raises(UnknownName, match=r"no method named 'npoo'.* Did you mean 'npo'"):
         fit("npoo", output=tmp_path / "other", scope=str(workplace / "scope"))
 
 

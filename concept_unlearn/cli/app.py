@@ -134,7 +134,7 @@ def _speaks() -> bool:
 
 @contextmanager
 def bars() -> Iterator[Callable[[str, int | None], Any]]:
-    """One bar a stage; they go when all is done, so that the table stands alone."""
+    """One bar a stage; they go when all is done, so that the table stands alone. A log gets a line each, on stderr."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -146,6 +146,8 @@ def bars() -> Iterator[Callable[[str, int | None], Any]]:
 
         @contextmanager
         def track(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+            if not console.is_terminal and not console.quiet:
+                sys.stderr.write(f"{title}\n")
             task = progress.add_task(title, total=total)
             yield lambda n: progress.advance(task, n)
             seen = progress.tasks[task].completed

@@ -89,7 +89,7 @@ def unlearn(
 
     It is made from one half of the scope, so that evaluate can report on the other.
     """
-    from ..calibrate import calibrate
+    from ..calibrate import RetainedUtility, strongest
     from ..data.scope import Scope
     from ..features import Choice
     from ..lm import LM
@@ -104,13 +104,15 @@ def unlearn(
                 "edit": parsed(edit), "gate": parsed(gate), "choices": [Choice.load(path) for path in choice or ()],
             }
         )  # fmt: skip
+        with track("observe what must be kept", None) as progress:  # first, as it may say that nothing can be
+            utility = RetainedUtility(
+                lm, tune, keep=keep, max_perplexity=max_perplexity, max_gibberish=max_gibberish, progress=progress
+            )
         with track("measure and select features", None) as progress:
-            patch = method(lm, tune, progress=progress)
-        with track("calibrate", None) as progress:
-            patch = calibrate(
-                lm, patch, tune, keep=keep, max_perplexity=max_perplexity, max_gibberish=max_gibberish, grid=grid,
-                progress=progress,
-            )  # fmt: skip
+            made = method(lm, tune, progress=progress)
+        with track("calibrate", None) as utility.progress:
+            strength = strongest(utility, made, grid=grid).strength
+        patch = made.at(strength).met(lm, [p.text for p in tune.forget])
         patch.save(output, made=method.record(patch))
     say(f"{output}: strength {patch.strength:.3g}, {patch.n_bytes / 1024:.0f} KB")
 

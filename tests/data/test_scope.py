@@ -138,7 +138,7 @@ def test_unknown_and_empty_sources_are_named(tmp_path):
     with pytest.raises(UnknownName, match=r"no concept named 'chest'; known: astronomy.*Did you mean 'chess'"):
         Scope.load("chest")
     for path in ("my_concpt/", "../concpt", "/concpt"):  # none is a Hub id
-        with pytest.raises(UnknownName, match="no concept named '.*a folder or a .jsonl file"):
+        with pytest.raises(UnknownName, match=r"no concept named '.*a folder or a \.jsonl file"):
             Scope.load(path)
     with pytest.raises(InvalidData, match=r"no forget\.jsonl"):
         Scope.load(tmp_path)
