@@ -70,7 +70,7 @@ def test_three_sites_are_shipped():
     ("name", "says"),
     [
         ("nowhere", "no dictionary named 'nowhere'; known: .*gpt2-small-res-jb"),
-        ("smollm2/blocks.8.hook_resid_post", r"Did you mean 'smollm2/blocks.\.hook_resid_post'"),
+        ("smollm2/blocks.8.hook_resid_post", r"Did you mean 'smollm2/blocks\.\d+\.hook_resid_post'"),
         ("gpt2-small-res-jp", "Did you mean 'gpt2-small-res-jb'"),
         ("gpt2-small-res-jb/blocks.7", "no SAE in release gpt2-small-res-jb named 'blocks.7'; known: blocks.0.hook"),
     ],
