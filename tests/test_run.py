@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 from concept_unlearn.cli import app
 from concept_unlearn.config import load_config
-from concept_unlearn.errors import InvalidConfig, SiteNotFound, UnknownName
+from concept_unlearn.errors import InvalidConfig, InvalidData, SiteNotFound, UnknownName
 from concept_unlearn.lm import LM
+from concept_unlearn.methods import Steer, Suppress
 from concept_unlearn.patches import load_patch
 from concept_unlearn.recipe import Recipe
 from concept_unlearn.report import Overview, Report
@@ -171,6 +172,20 @@ def test_a_run_none_of_whose_methods_can_be_made_says_why(workplace, tmp_path):
     path = config(workplace, tmp_path / "run", compare={}, method={"kind": "steer", "sites": ["resid_post.9"]})
     with pytest.raises(SiteNotFound, match="has layers 0 to 2"):
         execute(load_run(path))
+
+
+def test_what_no_method_can_help_is_said_before_any_is_made(workplace, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise InvalidData("nothing can be asked")
+
+    monkeypatch.setattr(Steer, "fit", lambda *_: pytest.fail("made in vain"))
+    monkeypatch.setattr(Suppress, "fit", lambda *_: pytest.fail("made in vain"))
+    for name in ("evaluation.benchmark.Benchmark.observe", "run.execution.RetainedUtility.__init__"):
+        run = load_run(config(workplace, tmp_path / name))
+        with monkeypatch.context() as patched:
+            patched.setattr(f"concept_unlearn.{name}", broken)
+            with pytest.raises(InvalidData, match="nothing can be asked"):
+                execute(run)
 
 
 def test_another_name_makes_nothing_again(finished, workplace, tmp_path, monkeypatch):

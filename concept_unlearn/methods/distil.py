@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +13,8 @@ from ..data.scope import Scope
 from ..errors import InvalidConfig
 from ..lm import LM, Site
 from ..objectives import Follow, Objective, RetainKL
-from ..patches import Patch, Stack, WeightPatch
+from ..patches import Patch, WeightPatch
+from ..patches.base import parts
 from ..training import Log, Optimisation, Probe
 from ..training.difference import Difference, difference
 from ..training.rows import order
@@ -61,7 +61,7 @@ class Distil(Method, Optimisation):
 
     def fit(self, study: Study, *, log: Log | None = None, probe: Probe | None = None) -> WeightPatch:
         teacher = self.teacher.fit(_part(study, "teacher", study.scope))
-        if any(p.access == "logits" for p in _inner(teacher)):
+        if any(p.access == "logits" for p in parts(teacher)):
             raise InvalidConfig(
                 f"a student follows what a patch does inside the model, and a {teacher.kind} patch changes the logits "
                 "that come out of it"
@@ -113,14 +113,6 @@ def _part(study: Study, name: str, scope: Scope) -> Study:
     part.scope = scope
     part.folder = None if study.folder is None else study.folder / name
     return part
-
-
-def _inner(patch: Patch) -> Iterator[Patch]:
-    if isinstance(patch, Stack):
-        for p in patch.patches:
-            yield from _inner(p)
-    else:
-        yield patch
 
 
 def _halves(scope: Scope, share: float, seed: int) -> tuple[Scope, Scope]:

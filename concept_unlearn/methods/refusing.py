@@ -28,8 +28,9 @@ class Labels(Frozen):
     """
 
     mapping: Literal["own", "first_tokens", "frequency"] = "own"
-    """Answers begin with the first tokens of the prompt's own, no refusal's among them; of those of any prompt; or with
-    the ``m`` tokens that the model itself begins with most. Refusals with those of the built-in ones."""
+    """Answers begin with the first tokens of the prompt's own, no refusal's among them, or of any's where none is left;
+    of those of any prompt; or with the ``m`` tokens that the model itself begins with most. Refusals
+    with those of the built-in ones."""
     m: int = Field(6, gt=0)
     normalise: bool = True
     """h of refusal and answer add up to 1, so taking the answer away counts as much as refusing, and noise does that;

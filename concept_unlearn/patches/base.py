@@ -152,3 +152,12 @@ class _Switches(Switch):
     def enabled(self, value: bool) -> None:
         for switch in self.inner:
             switch.enabled = value
+
+
+def parts(patch: Patch) -> Iterator[Patch]:
+    """Of a stack those that are in it."""
+    if isinstance(patch, Stack):
+        for inner in patch.patches:
+            yield from parts(inner)
+    else:
+        yield patch

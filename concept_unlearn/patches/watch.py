@@ -20,7 +20,7 @@ from ..lm.context import Memory
 from ..lm.locate import root
 from ..lm.own import Insertion, insertions, own
 from .activation import ActivationPatch
-from .base import Patch, Stack, Switch
+from .base import Patch, Stack, Switch, parts
 from .codebook import CodebookPatch, CodeSlice
 from .feature import FeaturePatch
 from .prefix import PrefixPatch
@@ -164,15 +164,6 @@ class _WatchedGate(Gate):
 class _Read(NamedTuple):
     site: Site
     slice: Slice
-
-
-def parts(patch: Patch) -> Iterator[Patch]:
-    """Of a stack those that are in it."""
-    if isinstance(patch, Stack):
-        for inner in patch.patches:
-            yield from parts(inner)
-    else:
-        yield patch
 
 
 def _watched(patch: Patch, numbers: Iterator[int], at_work: list[Insertion]) -> tuple[Patch, list[Heard]]:

@@ -101,6 +101,7 @@ class _Execution:
     def _entries(self) -> tuple[list[Entry], dict[str, str]]:
         """What was made, and why the rest was not. Raises the first error where nothing was."""
         entries, failed = [], {}
+        _ = self.comparison.base  # what is wrong with the benchmark is no method's fault
         for name, method, seed in self._jobs():
             try:
                 entries.append(self._entry(name, method, seed))
@@ -185,6 +186,8 @@ class _Execution:
         all_work = self.run.output / "work"
         key = hashlib.sha256(json.dumps(method.spec(), sort_keys=True).encode()).hexdigest()[:_KEY]
         study, work = self.study, all_work / f"{name}-{key}"  # what another setting has begun is not gone on from
+        if self.run.calibration is not None:
+            _ = self.utility  # where nothing can be kept, nothing needs to be made
         with self.track(f"make {name}", None) as progress, metered(self.lm) as meter:
             study.progress, study.folder = progress, work
             patch = method.fit(study)

@@ -13,7 +13,7 @@ from ..component import Frozen
 from ..gates import Gate, SequenceGate
 from ..patches import Patch, PrefixPatch, Stack
 from ..patches.activation import ActivationPatch
-from ..patches.watch import parts
+from ..patches.base import parts
 from .muted import Named, without
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from nicegui import ui
 
 from ..patches import Explanation, Patch
-from ..patches.watch import parts
+from ..patches.base import parts
 from .knobs import Knobs, gate_of, in_words, is_gated, strength_span, threshold_span
 from .marks import named
 from .muted import Named, features_of

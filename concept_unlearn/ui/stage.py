@@ -15,7 +15,7 @@ from ..features.show.inspection import Shown
 from ..features.show.pieces import Pieces
 from ..lm import LM
 from ..patches import FeaturePatch, Patch, load_patch
-from ..patches.watch import parts
+from ..patches.base import parts
 from .answer import Question
 from .muted import Named
 

@@ -20,9 +20,8 @@ from ...errors import Diverged, InvalidConfig, InvalidData, NotExact
 from ...lm import LM
 from ...lm.oracle import EMBEDDING
 from ...patches import Patch, PrefixPatch, PromptPatch, Stack
-from ...patches.base import Switch
+from ...patches.base import Switch, parts
 from ...patches.prompt_edits import Vectors
-from ...patches.watch import parts
 from ...training.sharded import is_sharded
 from ...training.trainable import flags_restored
 from ..view import Asked
